@@ -1,0 +1,36 @@
+# `make` alone lists what can be made. Everything runs in a virtual environment that make sets up itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test lint bench clean
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(VENV)/.made: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[cli,test,lint]'
+	@touch $@
+
+demo: $(VENV)/.made  ## many processes and threads share one account for half a minute
+	$(BIN)/python -m atproto_session demo
+
+test: $(VENV)/.made  ## run the tests (with a real PDS where npm is there)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=95
+	$(BIN)/coverage report --fail-under=100 --include='atproto_session/errors.py,atproto_session/fork.py,atproto_session/session.py,atproto_session/keys.py,atproto_session/dpop.py,atproto_session/stores/*,atproto_session/locks/*,atproto_session/cached_getter.py,atproto_session/session_getter.py'
+
+lint: $(VENV)/.made  ## mypy --strict and ruff
+	$(BIN)/mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: $(VENV)/.made  ## what a request costs, against a bare one
+	$(BIN)/python tests/bench.py
+
+clean:  ## remove what was made
+	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
