@@ -1,0 +1,61 @@
+"""What is locked: the refresh (or log-in, or log-out) of one account, and nothing else. Reading takes no lock.
+
+A set of locks is an object with ``hold`` and ``kind``:
+
+* :class:`ThreadLocks` excludes the threads of this process,
+* :class:`FileLocks` excludes the processes of this machine as well, and its locks end with the process that holds them.
+
+A new kind proves itself by subclassing ``atproto_session.testing.LocksContract``.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Protocol
+
+
+class LockKind(Enum):
+    """What finding a lock free says about whoever held it before."""
+
+    HOLDER = "holder"
+    """It was released, or its holder is dead: the operating system or the database frees it only then."""
+    LEASE = "lease"
+    """It was released, or its time ran out: the one that held it may be alive, and its request under way."""
+    PROCESS = "process"
+    """Nothing about other processes: it excludes the threads of this one alone."""
+
+
+class Hold(Protocol):
+    """One lock, held."""
+
+    def extend(self, seconds: float) -> bool:
+        """Whether the lock is still held by this holder, and will be for ``seconds`` more. A lease is prolonged."""
+        ...
+
+
+class Locks(Protocol):
+    """Named locks, shared by every worker that shares the store."""
+
+    @property
+    def kind(self) -> LockKind: ...
+
+    def hold(
+        self, name: str, *, timeout: float, cancel: threading.Event | None = None
+    ) -> AbstractContextManager[Hold]:
+        """Hold the lock ``name`` for the length of a ``with`` block. Not reentrant.
+
+        :param timeout: how many seconds to wait for it; 0 tries once.
+        :param cancel: ends the waiting early when set.
+        :raises LockTimeoutError: somebody else kept it for so long.
+        :raises CancelledError: ``cancel`` was set.
+        :raises StoreError: the place where the locks live cannot be used.
+        """
+        ...
+
+
+from .files import FileLocks  # noqa: E402 - the implementations import the contract above
+from .threads import ThreadLocks  # noqa: E402
+
+__all__ = ["FileLocks", "Hold", "LockKind", "Locks", "ThreadLocks"]

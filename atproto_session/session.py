@@ -1,0 +1,306 @@
+"""The records: what a session is, when it is fresh, and the document it is stored as.
+
+The stored document is the one that ``@atproto/oauth-client-node`` stores, so that a session saved by either library is
+restored by the other::
+
+    {"dpopJwk": {...}, "authMethod": {...}, "tokenSet": {...}, "atprotoSession": {...}}
+
+The last member is this library's own: the attempt that a refresh leaves before it sends a request, and the times.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+#: Documents with a higher version were written by a later release, which may mean something else by them.
+DOCUMENT_VERSION = 1
+_OWN_MEMBER = "atprotoSession"
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """What the authorization server issued (RFC 6749 section 5.1 with the AT Protocol profile). Immutable.
+
+    :ivar iss: the authorization server's issuer.
+    :ivar sub: the account's DID.
+    :ivar aud: the origin of the account's PDS, where the access token is used.
+    :ivar scope: the scopes that were granted, separated by spaces.
+    :ivar refresh_token: works once; ``None`` if the server gave none.
+    :ivar expires_at: when the access token expires, an aware ``datetime``, or ``None`` if the server did not say.
+    """
+
+    iss: str
+    sub: str
+    aud: str
+    scope: str
+    refresh_token: str | None = field(repr=False)
+    access_token: str = field(repr=False)
+    token_type: str = "DPoP"  # noqa: S105 - a scheme's name
+    expires_at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if self.expires_at is not None and self.expires_at.tzinfo is None:
+            raise ValueError("expires_at must carry a time zone; a local time without one means nothing elsewhere")
+
+    def has_same_tokens(self, other: TokenSet) -> bool:
+        """Whether both hold the same tokens, whatever else is recorded with them."""
+        return self.access_token == other.access_token and self.refresh_token == other.refresh_token
+
+
+@dataclass(frozen=True)
+class ClientAuthMethod:
+    """How the client authenticates for one session: ``"none"``, or ``"private_key_jwt"`` (RFC 7523) with the key
+    ``kid``. A session keeps the method and the key that it began with."""
+
+    method: Literal["none", "private_key_jwt"]
+    kid: str | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The trace of a refresh request that may have left and whose answer has not been stored. Never holds a token.
+
+    :ivar id: tells this attempt from every other.
+    :ivar by: the worker that made it (host, process), for people who read the store.
+    :ivar started_at: when, seconds since the epoch.
+    :ivar answer_by: until when its answer can still come, seconds since the epoch.
+    :ivar answers_lost: how many attempts on the same refresh token ended without an answer before this one.
+    """
+
+    id: str
+    by: str
+    started_at: float
+    answer_by: float
+    answers_lost: int = 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """One account's session. Immutable: a refresh makes a new one.
+
+    :ivar dpop_key: the private ES256 JWK that the tokens are bound to (RFC 9449). A log-in makes a new one, a refresh
+        keeps it, so two records with the same key belong to the same grant.
+    :ivar auth_method: how the client authenticates, or ``None`` in documents from before that was recorded.
+    :ivar attempt: a refresh that may have been sent and is not accounted for, else ``None``.
+    :ivar refresh_not_before: the authorization server asked to be left alone until then, seconds since the epoch.
+    :ivar refreshed_at: when the tokens were stored, seconds since the epoch, where known.
+    """
+
+    dpop_key: Mapping[str, Any] = field(repr=False)
+    auth_method: ClientAuthMethod | None
+    token_set: TokenSet
+    attempt: Attempt | None = None
+    refresh_not_before: float | None = None
+    refreshed_at: float | None = None
+
+    def is_same_grant(self, other: Session) -> bool:
+        """Whether both come from the same log-in."""
+        return all(self.dpop_key.get(name) == other.dpop_key.get(name) for name in ("crv", "x", "y"))
+
+    def with_attempt(self, attempt: Attempt | None, *, refresh_not_before: float | None = None) -> Session:
+        return replace(self, attempt=attempt, refresh_not_before=refresh_not_before)
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What may be shown of a session's tokens.
+
+    :ivar expired: whether the access token has expired, or ``None`` if the server did not say when it does.
+    """
+
+    expires_at: datetime | None
+    expired: bool | None
+    scope: str
+    iss: str
+    aud: str
+    sub: str
+
+
+@dataclass(frozen=True)
+class SessionUpdatedEvent:
+    """A session was stored. ``sub`` is the key it is stored under (the DID, or ``did#session_id``)."""
+
+    sub: str
+    dpop_key: Mapping[str, Any] = field(repr=False)
+    auth_method: ClientAuthMethod | None
+    token_set: TokenSet
+
+
+@dataclass(frozen=True)
+class SessionDeletedEvent:
+    """A session was deleted. ``sub`` is the key it was stored under, ``cause`` the error that says why."""
+
+    sub: str
+    cause: BaseException
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """When a token set is worth refreshing.
+
+    *Stale* is an access token with less than ``margin`` seconds left plus a random part of up to ``jitter`` seconds,
+    drawn anew for every check so that many workers do not all turn to the server in the same instant. A token set
+    without ``expires_at`` is never stale. *Expired* is one whose time has come.
+    """
+
+    margin: float = 10.0
+    jitter: float = 30.0
+    clock: Callable[[], float] = time.time
+    random: Callable[[], float] = random.random
+
+    def is_stale(self, token_set: TokenSet) -> bool:
+        left = self._seconds_left(token_set)
+        # The random number is drawn only where it can decide: most reads are of tokens with a long life ahead.
+        return left is not None and (
+            left < self.margin or (left < self.margin + self.jitter and left < self.margin + self.jitter * self.random())
+        )
+
+    def is_expired(self, token_set: TokenSet) -> bool:
+        left = self._seconds_left(token_set)
+        return left is not None and left <= 0
+
+    def _seconds_left(self, token_set: TokenSet) -> float | None:
+        return None if token_set.expires_at is None else token_set.expires_at.timestamp() - self.clock()
+
+
+def subject_of(key: str) -> str:
+    """The DID in a storage key, which is a DID or ``did#session_id``."""
+    return key.partition("#")[0]
+
+
+# The stored document
+
+
+def to_document(key: str, session: Session) -> dict[str, Any]:
+    """The JSON object that ``session`` is stored as."""
+    tokens = session.token_set
+    token_set = {
+        "iss": tokens.iss,
+        "sub": tokens.sub,
+        "aud": tokens.aud,
+        "scope": tokens.scope,
+        "refresh_token": tokens.refresh_token,
+        "access_token": tokens.access_token,
+        "token_type": tokens.token_type,
+        "expires_at": None if tokens.expires_at is None else _to_iso(tokens.expires_at),
+    }
+    own: dict[str, Any] = {"version": DOCUMENT_VERSION, "key": key}
+    if session.refreshed_at is not None:
+        own["refreshedAt"] = session.refreshed_at
+    if session.refresh_not_before is not None:
+        own["refreshNotBefore"] = session.refresh_not_before
+    if (attempt := session.attempt) is not None:
+        own["attempt"] = {
+            "id": attempt.id,
+            "by": attempt.by,
+            "startedAt": attempt.started_at,
+            "answerBy": attempt.answer_by,
+            "answersLost": attempt.answers_lost,
+        }
+    document: dict[str, Any] = {"dpopJwk": dict(session.dpop_key)}
+    if (method := session.auth_method) is not None:
+        document["authMethod"] = {"method": method.method} | ({} if method.kid is None else {"kid": method.kid})
+    document["tokenSet"] = {name: value for name, value in token_set.items() if value is not None}
+    document[_OWN_MEMBER] = own
+    return document
+
+
+def from_document(key: str, document: object) -> Session:
+    """The session in a stored document.
+
+    :raises ValueError: the document is not a session's, is another key's, or was written by a later release. The
+        message names the member at fault and never holds a value.
+    """
+    members = _mapping(document, "the document")
+    own = _mapping(members.get(_OWN_MEMBER, {}), _OWN_MEMBER)
+    if (_number(own, "version") or 0) > DOCUMENT_VERSION:
+        raise ValueError("it was written by a later release of this library; upgrade this worker")
+    if own.get("key", key) != key:
+        raise ValueError("it is the record of another key")
+    tokens = _mapping(members.get("tokenSet"), "tokenSet")
+    expires_at = tokens.get("expires_at")
+    return Session(
+        dpop_key=_mapping(members.get("dpopJwk"), "dpopJwk"),
+        auth_method=_auth_method(members.get("authMethod")),
+        token_set=TokenSet(
+            iss=_text(tokens, "iss"),
+            sub=_text(tokens, "sub"),
+            aud=_text(tokens, "aud"),
+            scope=_text(tokens, "scope"),
+            refresh_token=None if tokens.get("refresh_token") is None else _text(tokens, "refresh_token"),
+            access_token=_text(tokens, "access_token"),
+            token_type=_text(tokens, "token_type"),
+            expires_at=None if expires_at is None else _from_iso(expires_at),
+        ),
+        attempt=_attempt(own.get("attempt")),
+        refresh_not_before=_number(own, "refreshNotBefore"),
+        refreshed_at=_number(own, "refreshedAt"),
+    )
+
+
+def _auth_method(value: object) -> ClientAuthMethod | None:
+    if value is None or value == "legacy":
+        return None
+    members = _mapping(value, "authMethod")
+    method = members.get("method")
+    if method == "none":
+        return ClientAuthMethod("none")
+    if method == "private_key_jwt":
+        return ClientAuthMethod("private_key_jwt", _text(members, "kid"))
+    raise ValueError("authMethod names no method that is known here")
+
+
+def _attempt(value: object) -> Attempt | None:
+    if value is None:
+        return None
+    members = _mapping(value, "attempt")
+    return Attempt(
+        id=_text(members, "id"),
+        by=_text(members, "by"),
+        started_at=_number(members, "startedAt") or 0.0,
+        answer_by=_number(members, "answerBy") or 0.0,
+        answers_lost=int(_number(members, "answersLost") or 0),
+    )
+
+
+def _mapping(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not a JSON object")  # noqa: TRY004 - bad data, not a bad call
+    return value
+
+
+def _text(members: Mapping[str, Any], name: str) -> str:
+    value = members.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is missing or not a string")
+    return value
+
+
+def _number(members: Mapping[str, Any], name: str) -> float | None:
+    value = members.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is not a number")
+    return value
+
+
+def _to_iso(moment: datetime) -> str:
+    # Milliseconds and a Z, as JavaScript's Date.toISOString writes it.
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _from_iso(value: object) -> datetime:
+    if not isinstance(value, str):
+        raise ValueError("expires_at is not a date")  # noqa: TRY004 - bad data, not a bad call
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("expires_at is not a date") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
