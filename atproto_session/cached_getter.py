@@ -1,0 +1,176 @@
+"""A getter with a cache that never does the same work twice at a time: look, lock, look again, fetch, store.
+
+It serves whatever is expensive to get: sessions (:mod:`.session_getter` builds on it), server metadata, identities.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from .errors import LockTimeoutError
+from .flights import Flight, Flights
+from .locks import Hold, Locks, ThreadLocks
+
+V = TypeVar("V")
+
+_log = logging.getLogger("atproto_session")
+
+
+class Cache(Protocol[V]):
+    """Where a :class:`CachedGetter` keeps its values: any store, :class:`.MemoryStore` for one."""
+
+    def get(self, key: str, /) -> V | None: ...
+    def set(self, key: str, value: V, /) -> None: ...
+    def delete(self, key: str, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class GetOptions:
+    """What the caller of :meth:`CachedGetter.get` asked for, for the getter to see."""
+
+    no_cache: bool = False
+    allow_stale: bool = False
+    timeout: float | None = None
+    cancel: threading.Event | None = None
+
+
+class CachedGetter(Generic[V]):
+    """Values by key: from the store while they are good, else fetched by at most one caller at a time.
+
+    :param getter: ``getter(key, options, stored_value)`` returns a new value. It runs in a thread of its own, and what
+        it returns is stored even if the caller has given up.
+    :param store: anything with ``get``, ``set`` and ``delete``.
+    :param locks: by default those of the store, or else locks between the threads of this process.
+    :param is_stale: ``is_stale(key, value)`` says that a stored value has to be fetched again. Default: never.
+    :param on_store_error: ``on_store_error(error, key, value)`` is told that a fetched value could not be stored; what
+        it raises reaches the caller. Default: log it and return the value.
+    :param delete_on_error: ``delete_on_error(error, key, stored_value)`` says whether an error of the getter means that
+        the stored value has to go. Default: no.
+    :param timeout: how long a caller waits by default, in seconds.
+    """
+
+    def __init__(
+        self,
+        getter: Callable[[str, GetOptions, V | None], V],
+        store: Cache[V],
+        *,
+        locks: Locks | None = None,
+        is_stale: Callable[[str, V], bool] | None = None,
+        on_store_error: Callable[[Exception, str, V], None] | None = None,
+        delete_on_error: Callable[[Exception, str, V | None], bool] | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        self._getter = getter
+        self._cache = store
+        self._locks: Locks = locks or getattr(store, "locks", None) or ThreadLocks()
+        self._is_stale = is_stale or (lambda key, value: False)
+        self._on_store_error = on_store_error or _log_store_error
+        self._delete_on_error = delete_on_error or (lambda error, key, stored: False)
+        self._timeout = timeout
+        self._flights: Flights[V] = Flights()
+
+    def get(
+        self,
+        key: str,
+        *,
+        no_cache: bool = False,
+        allow_stale: bool = False,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
+    ) -> V:
+        """The value for ``key``. One that is stored and good is returned at once: no lock is taken.
+
+        :param no_cache: only a value fetched by this call, or by one that was under way.
+        :param allow_stale: a stored value, however old.
+        :param timeout: seconds to wait at most; the fetch itself is not cut short by it.
+        :param cancel: ends the waiting early when set.
+        :raises LockTimeoutError: the value was not there in time.
+        :raises CancelledError: ``cancel`` was set.
+        :raises StoreError: the store cannot be read.
+        """
+
+        def is_good(value: V | None) -> bool:
+            return value is not None and not no_cache and (allow_stale or not self._is_stale(key, value))
+
+        stored = self._cache.get(key)
+        if is_good(stored):
+            return stored  # type: ignore[return-value]  # a good value is a V
+        options = GetOptions(no_cache, allow_stale, timeout, cancel)
+
+        def fetch(stored: V | None, hold: Hold, flight: Flight[V]) -> V:
+            flight.commit()
+            return self._fetch(key, options, stored)
+
+        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel)
+
+    def close(self) -> None:
+        """Wait until nothing is being fetched."""
+        self._flights.close()
+
+    def _get(
+        self,
+        key: str,
+        is_good: Callable[[V | None], bool],
+        fetch: Callable[[V | None, Hold, Flight[V]], V],
+        *,
+        timeout: float | None,
+        cancel: threading.Event | None,
+        lock_timeout: float | None = None,
+    ) -> V:
+        """Lock, look again, fetch: the value for ``key`` that ``is_good``, or a new one.
+
+        Whoever finds another's fetch under way takes its result. If that failed, the error was its own caller's, and
+        this one looks and tries for itself.
+        """
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+
+        def work(flight: Flight[V]) -> V:
+            patience = max(0.0, deadline - time.monotonic()) if lock_timeout is None else lock_timeout
+            with self._locks.hold(key, timeout=patience, cancel=flight.abandoned) as hold:
+                stored = self._cache.get(key)
+                if is_good(stored):
+                    return stored  # type: ignore[return-value]  # a good value is a V
+                value = fetch(stored, hold, flight)
+                flight.fetched = True
+                return value
+
+        while True:
+            flight, own = self._flights.board(key, work)
+            self._wait(flight, deadline, cancel, own=own)
+            if own or (flight.succeeded and flight.fetched):
+                return flight.result()
+            stored = self._cache.get(key)
+            if is_good(stored):
+                return stored  # type: ignore[return-value]  # a good value is a V
+            if time.monotonic() >= deadline:
+                raise LockTimeoutError(f"{key} was not ready in time")
+
+    def _wait(self, flight: Flight[Any], deadline: float, cancel: threading.Event | None, *, own: bool) -> None:
+        try:
+            flight.wait(deadline, cancel)
+        except BaseException:
+            if own:
+                flight.abandon()
+            raise
+
+    def _fetch(self, key: str, options: GetOptions, stored: V | None) -> V:
+        try:
+            value = self._getter(key, options, stored)
+        except Exception as error:
+            if self._delete_on_error(error, key, stored):
+                self._cache.delete(key)
+            raise
+        try:
+            self._cache.set(key, value)
+        except Exception as error:  # noqa: BLE001 - a store may raise anything, and the caller decides
+            self._on_store_error(error, key, value)
+        return value
+
+
+def _log_store_error(error: Exception, key: str, value: object) -> None:
+    _log.warning("the value for %s could not be stored: %s", key, error)

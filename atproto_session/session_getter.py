@@ -1,0 +1,522 @@
+"""How a refresh happens.
+
+A refresh token works once. :meth:`SessionGetter._refresh` is the only place where one is spent: under the account's
+lock, in a thread that nothing interrupts, after the store has been proven writable for this very record, and never
+while an answer to an earlier try may still come.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from .cached_getter import CachedGetter
+from .errors import (
+    LockTimeoutError,
+    OAuthResponseError,
+    RefreshInterruptedError,
+    SessionError,
+    SessionNotFoundError,
+    StoreError,
+    TokenRefreshError,
+    TokenRevokedError,
+    TransportError,
+)
+from .flights import Flight
+from .keys import load_private_key
+from .locks import Hold, LockKind, Locks
+from .session import (
+    Attempt,
+    Freshness,
+    Session,
+    SessionDeletedEvent,
+    SessionUpdatedEvent,
+    TokenSet,
+    subject_of,
+)
+from .stores import SessionStore, complete
+
+#: How long, after ``invalid_grant``, another process may need to store what it refreshed, in seconds. Matters only
+#: under locks that do not exclude it.
+_PATIENCE = 1.0
+#: The longest ``Retry-After`` that is believed, in seconds.
+_LONGEST_REST = 3600.0
+#: What a lease has to outlast beside the request itself, in seconds: storing the result.
+_STORE_WITHIN = 15.0
+#: Pauses between tries to store tokens that were paid for, in seconds.
+_STORE_PAUSES = (0.05, 0.2, 0.75, 2.0)
+
+_log = logging.getLogger("atproto_session")
+
+
+class Authority(Protocol):
+    """The authorization server of a session, as far as its refresh is concerned."""
+
+    @property
+    def answer_within(self) -> float:
+        """The bound on everything that ``send`` does, in seconds."""
+        ...
+
+    def prepare(self, session: Session) -> Callable[[], Session]:
+        """Find the server and verify that it still speaks for the account, spending nothing. The function that is
+        returned sends the refresh request and returns the successor of ``session``, as the server gave it."""
+        ...
+
+    def revoke(self, session: Session) -> None:
+        """End the grant of ``session`` at its server (RFC 7009)."""
+        ...
+
+
+class SessionGetter(CachedGetter[Session]):
+    """The sessions of a store, each kept alive.
+
+    :param store: a session store; see :mod:`atproto_session.stores`.
+    :param authority: who refreshes and revokes.
+    :param locks: by default those of the store.
+    :param freshness: when tokens count as stale.
+    :param timeout: how long a caller waits by default, all told, in seconds.
+    :param on_interrupted: what to do about a refresh that may have been sent by a worker that died, or whose answer
+        was lost: ``"retry"`` it, since a token that was not spent still works and one that was is lost either way, or
+        ``"fail"`` with :class:`.TokenRefreshError` and leave the record as it is.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        authority: Authority,
+        *,
+        locks: Locks | None = None,
+        freshness: Freshness | None = None,
+        timeout: float = 30.0,
+        on_interrupted: Literal["retry", "fail"] = "retry",
+    ) -> None:
+        if on_interrupted not in ("retry", "fail"):
+            raise ValueError('on_interrupted is "retry" or "fail"')
+        self._store = complete(store)
+        super().__init__(
+            lambda key, options, stored: self.get_session(
+                key, True if options.no_cache else "auto", timeout=options.timeout, cancel=options.cancel
+            ),
+            self._store,
+            locks=locks,
+            timeout=timeout,
+        )
+        self._authority = authority
+        self._freshness = freshness or Freshness()
+        self._clock = self._freshness.clock
+        # Locks that do not say what they are might be anything, a lease for one.
+        self._lock_kind = getattr(self._locks, "kind", LockKind.LEASE)
+        self._on_interrupted = on_interrupted
+        self._updated: list[Callable[[SessionUpdatedEvent], None]] = []
+        self._deleted: list[Callable[[SessionDeletedEvent], None]] = []
+
+    # Reading
+
+    def get_session(
+        self,
+        sub: str,
+        refresh: Literal["auto"] | bool = "auto",
+        *,
+        rejected: str | None = None,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Session:
+        """The session stored under ``sub``, with tokens that are good.
+
+        :param sub: the account's DID, or ``did#session_id``.
+        :param refresh: ``"auto"``: a fresh session at once; one about to expire is refreshed by whoever gets the lock
+            without waiting, while all others go on using it; for one that has expired everybody waits for the one
+            refresh. ``True``: a session refreshed after this call began, by anyone. ``False``: what is stored, even
+            expired; no lock is taken and no request made.
+        :param rejected: an access token that the account's server refused. A session with another one is the answer,
+            and costs nothing; else as ``True``.
+        :param timeout: how many seconds to wait, all told. A refresh that has been sent goes on afterwards.
+        :param cancel: ends the waiting early when set, likewise.
+        :raises SessionNotFoundError: nothing is stored under ``sub``.
+        :raises TokenRefreshError: the session is over; it has been deleted.
+        :raises TokenRevokedError: it was signed out while it was being refreshed.
+        :raises RefreshInterruptedError: the refresh was sent and no answer came. Try again.
+        :raises LockTimeoutError: ``timeout`` is over.
+        :raises CancelledError: ``cancel`` was set.
+        :raises StoreError: the store cannot be used.
+        :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
+        """
+        seen = _found(sub, self._store.get(sub))
+        if refresh is False and rejected is None:
+            return seen
+
+        def is_good(session: Session | None) -> bool:
+            tokens = _found(sub, session).token_set
+            if rejected is not None:
+                return tokens.access_token != rejected and not self._freshness.is_expired(tokens)
+            renewed = not tokens.has_same_tokens(seen.token_set)
+            if refresh is True:
+                return renewed
+            # What another worker has just renewed is used, even if it is to live so short that it counts as stale.
+            return not self._freshness.is_stale(tokens) or (renewed and not self._freshness.is_expired(tokens))
+
+        def fetch(stored: Session | None, hold: Hold, flight: Flight[Session]) -> Session:
+            return self._refresh(sub, _found(sub, stored), is_good, hold, flight)
+
+        if is_good(seen):
+            return seen
+        if refresh is True or rejected is not None or self._freshness.is_expired(seen.token_set):
+            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel)
+        if self._flights.under_way(sub) or self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
+            return seen
+        try:
+            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel, lock_timeout=0.0)
+        except SessionError as error:
+            if error.login_required or self._freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
+                raise
+            _log.info("%s was not refreshed ahead of time: %s", sub, error)
+            return seen
+
+    def get_stored(self, sub: str) -> Session | None:
+        """What is stored under ``sub``, as it is.
+
+        :raises StoreError: the record cannot be read.
+        """
+        return self._store.get(sub)
+
+    # How a refresh happens
+
+    def _refresh(
+        self,
+        key: str,
+        session: Session,
+        is_good: Callable[[Session | None], bool],
+        hold: Hold,
+        flight: Flight[Session],
+    ) -> Session:
+        """Spend the refresh token of ``session``, which was just read under the lock ``hold``, and store what comes."""
+        if session.attempt is not None:  # left by a worker that died, or whose answer was lost
+            session = self._outwait(key, session, hold, flight)
+            if is_good(session):
+                return session
+        try:
+            self._check(key, session)
+            send = self._authority.prepare(session)
+        except TokenRefreshError as error:
+            self._remove(key, session, error, flight)
+            raise
+
+        # The attempt proves that the store takes this very record, and tells whoever comes after a crash that the
+        # token may have been spent.
+        attempted = session.with_attempt(self._new_attempt(session))
+        if not self._store.replace(key, attempted, session.token_set):
+            return self._newer(key, session)
+        try:
+            if not hold.extend(self._authority.answer_within + _STORE_WITHIN):
+                raise LockTimeoutError(f"the lock of {key} was lost to somebody else; try again")
+            current = self._store.get(key)
+            if current is None or current.attempt != attempted.attempt:
+                return self._newer(key, session)
+            flight.commit()
+        except SessionError:
+            self._leave(key, attempted, session.attempt)
+            raise
+
+        try:
+            successor = send()
+        except OAuthResponseError as error:
+            if error.error == "invalid_grant" and error.status < 500:
+                return self._refused(key, session, error, flight)
+            unspent = error.status == 429 or (error.error is not None and error.status < 500)
+            self._leave(key, attempted, session.attempt if unspent else attempted.attempt, rest=error.retry_after)
+            raise
+        except TransportError as error:
+            if error.sent:
+                raise RefreshInterruptedError(
+                    f"the refresh of {key} was sent and its answer lost; try again"
+                ) from error
+            self._leave(key, attempted, session.attempt)
+            raise
+        if (fault := _fault_in(successor.token_set, session.token_set)) is not None:
+            return self._discard(key, session, successor, fault, flight)
+        return self._keep(key, session, replace(successor, attempt=None, refreshed_at=self._clock()), flight)
+
+    def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
+        """The session in the store once no answer to the attempt in it can come any more. A lock that ends only with
+        its holder has said so already; under any other, the holder may be alive and its request under way."""
+        outwaited: Attempt | None = None
+        while (attempt := session.attempt) is not None and attempt != outwaited:
+            if self._lock_kind is not LockKind.HOLDER:
+                longest = self._authority.answer_within + _STORE_WITHIN
+                wait = max(0.0, min(attempt.answer_by - self._clock(), longest))
+                hold.extend(wait + longest)
+                flight.abandoned.wait(wait)
+                session = _found(key, self._store.get(key))
+            outwaited = attempt
+        if session.attempt is not None and self._on_interrupted == "fail":
+            raise TokenRefreshError(
+                f"the answer to an earlier refresh of {key} may be lost, and is not asked for again; log in again",
+                answer_lost=True,
+            )
+        return session
+
+    def _check(self, key: str, session: Session) -> None:
+        tokens = session.token_set
+        if tokens.sub != subject_of(key):
+            raise TokenRefreshError(f"the session stored under {key} is of another account; log in again")
+        if tokens.refresh_token is None:
+            raise TokenRefreshError(f"the session {key} was issued without a refresh token; log in again")
+        try:
+            load_private_key(session.dpop_key)
+        except ValueError as error:
+            raise TokenRefreshError(f"the DPoP key of the session {key} is unusable ({error}); log in again") from error
+        if (rest := self._rest_of(session)) > 0:
+            raise OAuthResponseError(
+                f"the authorization server of {key} asked not to be called for another {rest:.0f} s",
+                status=429,
+                retry_after=rest,
+            )
+
+    def _new_attempt(self, session: Session) -> Attempt:
+        now = self._clock()
+        return Attempt(
+            id=uuid.uuid4().hex,
+            by=f"{socket.gethostname()}:{os.getpid()}",
+            started_at=now,
+            answer_by=now + self._authority.answer_within,
+            answers_lost=0 if session.attempt is None else session.attempt.answers_lost + 1,
+        )
+
+    # How it ends
+
+    def _keep(self, key: str, spent: Session, successor: Session, flight: Flight[Session]) -> Session:
+        """Store ``successor`` in the place of what was spent for it, and of nothing else."""
+        errors: list[Exception] = []
+        expected = spent.token_set
+        for pause in (*_STORE_PAUSES, 0.0):
+            try:
+                stored = self._store.replace(key, successor, expected)
+                current = successor if stored else self._store.get(key)
+            except StoreError as error:
+                errors.append(error)
+                time.sleep(pause)
+                continue
+            if current is None or not current.is_same_grant(successor):  # signed out, or logged in anew, meanwhile
+                self._revoke(successor)
+                return self._newer(key, spent)
+            if current.token_set.has_same_tokens(successor.token_set):  # stored now, or by a try that seemed to fail
+                self._tell_updated(key, successor, flight)
+                return successor
+            if current.token_set.refresh_token != spent.token_set.refresh_token:
+                return current
+            expected = current.token_set
+        failure = StoreError(
+            f"the refreshed session {key} could not be stored; it was ended at the server, log in again"
+        )
+        self._revoke(successor)
+        try:
+            self._remove(key, spent, failure, flight)
+        except StoreError as error:
+            errors.append(error)
+        raise failure from ExceptionGroup("what the store said", errors or [failure])
+
+    def _refused(self, key: str, session: Session, error: OAuthResponseError, flight: Flight[Session]) -> Session:
+        """The refresh token is of no use (``invalid_grant``), unless that is news of yesterday."""
+        if self._lock_kind is LockKind.PROCESS:
+            time.sleep(_PATIENCE)
+        lost = session.attempt is not None
+        why = "the answer to an earlier refresh had been lost" if lost else "the server refused its refresh token"
+        cause = TokenRefreshError(f"the session {key} is over: {why}; log in again", answer_lost=lost)
+        if not self._remove(key, session, cause, flight):
+            return self._newer(key, session)
+        raise cause from error
+
+    def _discard(self, key: str, session: Session, successor: Session, fault: str, flight: Flight[Session]) -> Session:
+        """The server issued tokens that must not be used."""
+        cause = TokenRefreshError(f"the session {key} is over: the server issued {fault}; log in again")
+        newer = None
+        try:
+            if not self._remove(key, session, cause, flight):
+                newer = self._store.get(key)
+        except StoreError as error:
+            _log.warning("the session %s could not be deleted: %s", key, error)
+        if newer is not None and newer.is_same_grant(session):
+            return newer
+        self._revoke(successor)
+        raise cause
+
+    def _newer(self, key: str, session: Session) -> Session:
+        """What took the place of ``session`` in the store."""
+        current = self._store.get(key)
+        if current is None:
+            raise TokenRevokedError(f"the session {key} was signed out while it was being refreshed")
+        if current.is_same_grant(session) and current.token_set.has_same_tokens(session.token_set):
+            raise LockTimeoutError(f"another worker is refreshing {key} at this moment; try again")
+        return current
+
+    def _leave(self, key: str, attempted: Session, attempt: Attempt | None, *, rest: float | None = None) -> None:
+        """Put ``attempt`` in the place of the attempt in ``attempted``, if that is still what is stored."""
+        if attempt == attempted.attempt and rest is None:
+            return
+        until = None if rest is None else self._clock() + min(rest, _LONGEST_REST)
+        try:
+            current = self._store.get(key)
+            if current is not None and current.attempt == attempted.attempt:
+                left = attempted.with_attempt(attempt, refresh_not_before=until)
+                self._store.replace(key, left, attempted.token_set)
+        except StoreError as error:
+            # The record says more than is true: that an answer may be lost. The next refresh finds out.
+            _log.warning("the attempt to refresh %s could not be taken back: %s", key, error)
+
+    def _remove(self, key: str, session: Session, cause: SessionError, flight: Flight[Any]) -> bool:
+        """Delete ``session``, unless something newer is stored; whether that was done."""
+        current = self._store.get(key)
+        if current is None or not current.is_same_grant(session):
+            return False
+        if not self._store.replace(key, None, session.token_set):
+            return False
+        self._tell_deleted(key, cause, flight)
+        return True
+
+    def _revoke(self, session: Session) -> None:
+        try:
+            self._authority.revoke(session)
+        except SessionError as error:
+            _log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, error)
+
+    def _rest_of(self, session: Session) -> float:
+        """For how many seconds more the server has asked not to be called. Nobody asks for longer than an hour: what
+        seems so is a clock that was set back."""
+        rest = 0.0 if session.refresh_not_before is None else session.refresh_not_before - self._clock()
+        return rest if 0.0 < rest <= _LONGEST_REST else 0.0
+
+    # Logging in and out
+
+    def set_stored(self, sub: str, session: Session) -> None:
+        """Store the session of a new log-in, in the place of whatever is there. A refresh under way is waited for.
+
+        :raises ValueError: the session is of another account.
+        :raises StoreError: the session cannot be stored; it has been revoked.
+        """
+        if session.token_set.sub != subject_of(sub):
+            raise ValueError(f"a session of {session.token_set.sub} cannot be stored under {sub}")
+        session = replace(session, attempt=None, refreshed_at=self._clock())
+
+        def work(flight: Flight[None]) -> None:
+            with self._undisturbed(sub, flight):
+                flight.commit()
+                try:
+                    self._store.set(sub, session)
+                except StoreError:
+                    self._revoke(session)
+                    raise
+            self._tell_updated(sub, session, flight)
+
+        self._do(sub, work)
+
+    def delete_stored(self, sub: str, cause: BaseException | None = None, *, revoke: bool = False) -> None:
+        """Delete what is stored under ``sub``. A refresh under way is waited for.
+
+        :param cause: what the listeners are told; by default that the session was signed out.
+        :param revoke: end the session at the authorization server as well, if it can be reached.
+        :raises StoreError: the store cannot be written.
+        """
+        why = cause or TokenRevokedError(f"the session {sub} was signed out")
+
+        def work(flight: Flight[None]) -> None:
+            with self._undisturbed(sub, flight):
+                flight.commit()
+                deleted = self._delete(sub)
+                if deleted is None:
+                    return
+            self._tell_deleted(sub, why, flight)
+            if revoke:
+                self._revoke(deleted)
+
+        self._do(sub, work)
+
+    def delete_rejected(self, sub: str, session: Session, cause: SessionError) -> None:
+        """Delete ``session`` because its server refuses tokens that it has just issued; not what has come since."""
+
+        def work(flight: Flight[None]) -> None:
+            with self._undisturbed(sub, flight):
+                flight.commit()
+                self._remove(sub, session, cause, flight)
+
+        self._do(sub, work)
+
+    def _delete(self, key: str) -> Session | None:
+        """Delete the grant that is stored under ``key``, however often it is refreshed meanwhile."""
+        try:
+            first = current = self._store.get(key)
+        except StoreError:  # its owner wants it gone, readable or not
+            self._store.delete(key)
+            return None
+        while current is not None and first is not None and current.is_same_grant(first):
+            if self._store.replace(key, None, current.token_set):
+                return current
+            current = self._store.get(key)
+        return None
+
+    def _undisturbed(self, key: str, flight: Flight[None]) -> ExitStack:
+        """The account's lock, if it can be had: whoever finds the record changed without it takes that for final."""
+        stack = ExitStack()
+        try:
+            stack.enter_context(self._locks.hold(key, timeout=self._timeout, cancel=flight.abandoned))
+        except (LockTimeoutError, StoreError) as error:
+            _log.warning("%s changes without its lock: %s", key, error)
+        return stack
+
+    def _do(self, key: str, work: Callable[[Flight[None]], None]) -> None:
+        flight = self._flights.charter(key, work)
+        self._wait(flight, float("inf"), None, own=True)
+        flight.result()
+
+    # Listeners
+
+    def on_updated(self, listener: Callable[[SessionUpdatedEvent], None]) -> Callable[[], None]:
+        """Have ``listener`` called whenever this getter has stored a session, after the locks are released. What it
+        raises is logged. Returns a function that ends it."""
+        self._updated.append(listener)
+        return lambda: _drop(self._updated, listener)
+
+    def on_deleted(self, listener: Callable[[SessionDeletedEvent], None]) -> Callable[[], None]:
+        """Have ``listener`` called whenever this getter has deleted a session, likewise."""
+        self._deleted.append(listener)
+        return lambda: _drop(self._deleted, listener)
+
+    def _tell_updated(self, key: str, session: Session, flight: Flight[Any]) -> None:
+        event = SessionUpdatedEvent(key, session.dpop_key, session.auth_method, session.token_set)
+        for listener in list(self._updated):
+            flight.afterwards(partial(listener, event))
+
+    def _tell_deleted(self, key: str, cause: BaseException, flight: Flight[Any]) -> None:
+        event = SessionDeletedEvent(key, cause)
+        for listener in list(self._deleted):
+            flight.afterwards(partial(listener, event))
+
+
+def _found(key: str, session: Session | None) -> Session:
+    if session is None:
+        raise SessionNotFoundError(f"no session is stored for {key}; log in first")
+    return session
+
+
+def _fault_in(tokens: TokenSet, spent: TokenSet) -> str | None:
+    """Why newly issued tokens must not be used, if so."""
+    if tokens.sub != spent.sub:
+        return "tokens of another account"
+    if "atproto" not in tokens.scope.split():
+        return "tokens without the scope atproto"
+    if tokens.token_type.lower() != "dpop":
+        return "tokens that are not bound to its key"
+    return None
+
+
+def _drop(listeners: list[Any], listener: object) -> None:
+    if listener in listeners:
+        listeners.remove(listener)
