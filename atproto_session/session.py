@@ -174,6 +174,18 @@ def subject_of(key: str) -> str:
     return key.partition("#")[0]
 
 
+def fault_in(tokens: TokenSet, sub: str) -> str | None:
+    """Why newly issued tokens must not be used for the account ``sub``, if so (AT Protocol OAuth, "tokens and session
+    lifetime": every token response names the account, has the scope ``atproto`` and is bound by DPoP)."""
+    if tokens.sub != sub:
+        return "tokens of another account"
+    if "atproto" not in tokens.scope.split():
+        return "tokens without the scope atproto"
+    if tokens.token_type.lower() != "dpop":
+        return "tokens that are not bound to its key"
+    return None
+
+
 # The stored document
 
 
@@ -286,9 +298,15 @@ def _number(members: Mapping[str, Any], name: str) -> float | None:
     value = members.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is not a number")
-    return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is not a number")  # noqa: TRY004 - bad data, not a bad call
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has no bound on integers
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is not a finite number")
+    return number
 
 
 def _to_iso(moment: datetime) -> str:
@@ -301,6 +319,6 @@ def _from_iso(value: object) -> datetime:
         raise ValueError("expires_at is not a date")  # noqa: TRY004 - bad data, not a bad call
     try:
         moment = datetime.fromisoformat(value)
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise ValueError("expires_at is not a date") from None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

@@ -40,7 +40,7 @@ from .session import (
     Session,
     SessionDeletedEvent,
     SessionUpdatedEvent,
-    TokenSet,
+    fault_in,
     subject_of,
 )
 from .stores import SessionStore, complete
@@ -241,7 +241,7 @@ class SessionGetter(CachedGetter[Session]):
                 ) from error
             self._leave(key, attempted, session.attempt)
             raise
-        if (fault := _fault_in(successor.token_set, session.token_set)) is not None:
+        if (fault := fault_in(successor.token_set, session.token_set.sub)) is not None:
             return self._discard(key, session, successor, fault, flight)
         return self._keep(key, session, replace(successor, attempt=None, refreshed_at=self._clock()), flight)
 
@@ -504,17 +504,6 @@ def _found(key: str, session: Session | None) -> Session:
     if session is None:
         raise SessionNotFoundError(f"no session is stored for {key}; log in first")
     return session
-
-
-def _fault_in(tokens: TokenSet, spent: TokenSet) -> str | None:
-    """Why newly issued tokens must not be used, if so."""
-    if tokens.sub != spent.sub:
-        return "tokens of another account"
-    if "atproto" not in tokens.scope.split():
-        return "tokens without the scope atproto"
-    if tokens.token_type.lower() != "dpop":
-        return "tokens that are not bound to its key"
-    return None
 
 
 def _drop(listeners: list[Any], listener: object) -> None:

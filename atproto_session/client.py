@@ -1,0 +1,330 @@
+"""The way in: log an account in, take up its session again anywhere, sign it out."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from requests.auth import AuthBase
+
+from .client_auth import negotiate
+from .discovery import Discovery, ServerMetadata
+from .dpop import NonceCache, challenge_of, generate_verifier
+from .errors import OAuthCallbackError, SessionError, TokenRefreshError
+from .identity import IdentityResolver, check_did
+from .keys import Keyset, generate_jwk
+from .locks import Locks
+from .metadata import ClientMetadata
+from .oauth_session import AccountAuth, OAuthSession, Signer
+from .server import AccountAuthority, AuthorizationServer
+from .session import (
+    ClientAuthMethod,
+    Freshness,
+    Session,
+    SessionDeletedEvent,
+    SessionUpdatedEvent,
+    fault_in,
+)
+from .session_getter import SessionGetter
+from .stores import SessionStore, complete, open_store
+from .transport import HardenedAdapter, Transport, shown
+
+#: How long a log-in may take, in seconds.
+_LOGIN_WITHIN = 3600.0
+
+
+@dataclass(frozen=True)
+class CallbackResult:
+    """A log-in that ended well.
+
+    :ivar session: the account, ready to use.
+    :ivar state: what the application gave to :meth:`OAuthClient.authorize`.
+    """
+
+    session: OAuthSession
+    state: str | None
+
+
+class OAuthClient:
+    """An AT Protocol OAuth client: one for an application, shared by all its threads.
+
+    :param metadata: who the application is.
+    :param store: where sessions are kept: a URL for :func:`.open_store`, or a store.
+    :param keyset: the keys of a confidential client.
+    :param locks: by default those of the store.
+    :param encryption_keys: Fernet keys, with ``store`` as a URL; see :func:`.open_store`.
+    :param plc_directory: the directory of ``did:plc``.
+    :param handle_resolver: a server that resolves handles (``com.atproto.identity.resolveHandle``); ``None`` to use DNS
+        and HTTPS.
+    :param allow_http: let servers be plain http on this machine. For development and tests only.
+    :param timeout: how long a call waits for a refresh, all told, in seconds.
+    :param on_session_updated: called with a :class:`.SessionUpdatedEvent` after this process has stored a session.
+    :param on_session_deleted: called with a :class:`.SessionDeletedEvent` after it has deleted one.
+    :param freshness: when tokens count as stale.
+    :param on_interrupted: see :class:`.SessionGetter`.
+    :raises ClientMetadataError: the metadata and the keyset do not fit together.
+    :raises StoreError: the store cannot be used.
+    """
+
+    def __init__(
+        self,
+        metadata: ClientMetadata,
+        *,
+        store: str | SessionStore,
+        keyset: Keyset | None = None,
+        locks: Locks | None = None,
+        encryption_keys: Iterable[str | bytes] = (),
+        plc_directory: str = "https://plc.directory",
+        handle_resolver: str | None = None,
+        allow_http: bool = False,
+        timeout: float = 30.0,
+        on_session_updated: Callable[[SessionUpdatedEvent], None] | None = None,
+        on_session_deleted: Callable[[SessionDeletedEvent], None] | None = None,
+        freshness: Freshness | None = None,
+        on_interrupted: Literal["retry", "fail"] = "retry",
+    ) -> None:
+        metadata.check_with_keyset(keyset)
+        self.metadata = metadata
+        self._keyset = keyset
+        self._owns_store = isinstance(store, str)
+        self._store = complete(open_store(store, encryption_keys=encryption_keys) if isinstance(store, str) else store)
+        self._timeout = timeout
+        self._freshness = freshness or Freshness()
+        self._nonces = NonceCache()
+        self._transport = Transport(allow_http=allow_http)
+        self._pool = HardenedAdapter(allow_http=allow_http)
+        self._identities = IdentityResolver(
+            self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
+        )
+        self._discovery = Discovery(self._transport, allow_http=allow_http)
+        self._authority = AccountAuthority(self._identities, self._discovery, self._server_of, metadata, keyset)
+        self.sessions = SessionGetter(
+            self._store,
+            self._authority,
+            locks=locks,
+            freshness=self._freshness,
+            timeout=timeout,
+            on_interrupted=on_interrupted,
+        )
+        if on_session_updated is not None:
+            self.sessions.on_updated(on_session_updated)
+        if on_session_deleted is not None:
+            self.sessions.on_deleted(on_session_deleted)
+
+    # Logging in
+
+    def authorize(
+        self,
+        account: str,
+        *,
+        scope: str | None = None,
+        state: str | None = None,
+        redirect_uri: str | None = None,
+        prompt: str | None = None,
+        ui_locales: str | None = None,
+        display: str | None = None,
+    ) -> str:
+        """Begin a log-in and return the URL to send the user's browser to.
+
+        :param account: a handle, a DID, or the URL of a PDS or an authorization server.
+        :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has.
+        :param state: anything; :meth:`callback` gives it back. It stays here, and is not sent.
+        :param redirect_uri: one of the metadata's; by default the first.
+        :param prompt: ``"login"``, ``"consent"``, ``"select_account"``, ``"none"`` or ``"create"`` (OpenID Connect Core
+            section 3.1.2.1).
+        :param ui_locales: languages for the pages, separated by spaces.
+        :param display: ``"page"``, ``"popup"``, ``"touch"`` or ``"wap"``.
+        :raises IdentityError: the handle or the DID does not resolve.
+        :raises DiscoveryError: there is no usable authorization server.
+        :raises ClientMetadataError: the scope or the redirect URI is not registered.
+        :raises AuthMethodUnsatisfiableError: the server does not take the client's way to authenticate.
+        :raises OAuthResponseError: the server refused the request.
+        """
+        redirect_uri = self.metadata.check_redirect_uri(redirect_uri or self.metadata.redirect_uris[0])
+        scope = self.metadata.check_scope(scope or self.metadata.scope)
+        account = account.strip()
+        if "://" in account:
+            did, issuer = None, self._discovery.from_server_url(account)
+        else:
+            identity = self._identities.resolve(account)
+            did, issuer = identity.did, self._discovery.authorization_server_of(identity.pds)
+        server = self._server_of(self._discovery.metadata(issuer))
+        method = negotiate(self.metadata, self._keyset, server.metadata)
+        key, verifier, ticket = generate_jwk(), generate_verifier(), secrets.token_urlsafe(24)
+        params = {
+            "response_type": "code",
+            "code_challenge": challenge_of(verifier),
+            "code_challenge_method": "S256",
+            "state": ticket,
+            "redirect_uri": redirect_uri,
+            "scope": scope,
+            "login_hint": None if did is None else account,
+            "prompt": prompt,
+            "ui_locales": ui_locales,
+            "display": display,
+        }
+        login = {
+            "issuer": issuer,
+            "did": did,
+            "verifier": verifier,
+            "dpopJwk": key,
+            "authMethod": {"method": method.method, "kid": method.kid},
+            "redirectUri": redirect_uri,
+            "scope": scope,
+            "state": state,
+        }
+        self._store.logins.put(ticket, login, time.time() + _LOGIN_WITHIN)
+        try:
+            pushed = {name: value for name, value in params.items() if value is not None}
+            request_uri = server.push(pushed, key, method)
+        except BaseException:
+            self._store.logins.take(ticket)
+            raise
+        endpoint = server.metadata.authorization_endpoint
+        query = urlencode({"client_id": self.metadata.client_id, "request_uri": request_uri})
+        return f"{endpoint}{'&' if urlsplit(endpoint).query else '?'}{query}"
+
+    def callback(self, params: Mapping[str, Any] | str, *, session_id: str | None = None) -> CallbackResult:
+        """End a log-in with what the browser brought back.
+
+        :param params: the parameters of the request to the redirect URI, or its whole URL.
+        :param session_id: stores the session beside others of the same account.
+        :raises OAuthCallbackError: the parameters belong to no log-in that was begun here, to one that has been ended
+            already, or say that the user declined.
+        :raises SessionError: the code could not be exchanged, or the tokens are not the account's. Log in again.
+        """
+        given = _params_of(params)
+        state = given.get("state")
+        login = self._store.logins.take(state) if state else None
+        if login is None:
+            raise OAuthCallbackError(
+                "this log-in was not begun here, took longer than an hour, or has been ended already; begin it again",
+                params=given,
+            )
+        app_state = login["state"]
+
+        def refuse(why: str) -> OAuthCallbackError:
+            return OAuthCallbackError(f"the log-in failed: {why}", params=given, state=app_state)
+
+        if given.get("iss") != login["issuer"]:
+            raise refuse("the answer does not come from the server that was asked")
+        if "error" in given:
+            said = shown(given["error"])
+            if description := given.get("error_description"):
+                said = f"{said} ({shown(description)})"
+            raise refuse(said)
+        if "response" in given:
+            raise refuse("the answer is a JWT (JARM), which is not supported")
+        code = given.get("code")
+        if not code:
+            raise refuse("the answer has no code")
+        session = self._exchange(code, login, refuse)
+        key = _key_of(session.token_set.sub, session_id)
+        self.sessions.set_stored(key, session)
+        return CallbackResult(self._open(key, session), app_state)
+
+    def _exchange(self, code: str, login: Mapping[str, Any], refuse: Callable[[str], OAuthCallbackError]) -> Session:
+        method = ClientAuthMethod(login["authMethod"]["method"], login["authMethod"]["kid"])
+        server = self._server_of(self._discovery.metadata(login["issuer"]))
+        tokens = server.exchange(code, login["verifier"], login["redirectUri"], login["dpopJwk"], method)
+        session = Session(login["dpopJwk"], method, tokens)
+        # Nothing of the answer is trusted before it is known to be of the account that began the log-in, or, if that
+        # was begun at a server, of one that this server speaks for.
+        try:
+            if (fault := fault_in(tokens, login["did"] or tokens.sub)) is not None:
+                raise refuse(f"the server issued {fault}")
+            aud = self._authority.audience(check_did(tokens.sub), tokens.iss)
+        except BaseException as error:
+            with contextlib.suppress(SessionError):
+                self._authority.revoke(session)
+            if isinstance(error, TokenRefreshError):
+                raise refuse(str(error)) from error
+            raise
+        return replace(session, token_set=replace(tokens, aud=aud))
+
+    # Using and ending sessions
+
+    def restore(
+        self, did: str, refresh: Literal["auto"] | bool = "auto", *, session_id: str | None = None
+    ) -> OAuthSession:
+        """The session of an account that has logged in before, here or on any machine that shares the store.
+
+        :param refresh: see :meth:`.SessionGetter.get_session`, which has the errors as well.
+        """
+        key = _key_of(did, session_id)
+        return self._open(key, self.sessions.get_session(key, refresh))
+
+    def auth(self, did: str, *, session_id: str | None = None) -> AuthBase:
+        """Authentication as the account, for code that brings a ``requests.Session`` of its own."""
+        return AccountAuth(self._signer(_key_of(did, session_id)))
+
+    def revoke(self, did: str, *, session_id: str | None = None) -> None:
+        """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same."""
+        self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
+
+    def close(self) -> None:
+        """Wait for refreshes under way and close the connections; and the store, if it was given as a URL."""
+        self.sessions.close()
+        self._pool.close()
+        if self._owns_store:
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # What a web application serves
+
+    def metadata_document(self) -> dict[str, Any]:
+        """The document to serve at ``client_id``, as ``application/json``."""
+        return self.metadata.document(self._keyset)
+
+    def jwks(self) -> dict[str, Any]:
+        """The public keys, to serve at ``jwks_uri`` if the metadata has one."""
+        return {"keys": []} if self._keyset is None else self._keyset.jwks()
+
+    def _server_of(self, metadata: ServerMetadata) -> AuthorizationServer:
+        return AuthorizationServer(metadata, self.metadata, self._keyset, self._transport, self._nonces)
+
+    def _signer(self, key: str) -> Signer:
+        return Signer(self.sessions, key, self._nonces, timeout=self._timeout)
+
+    def _open(self, key: str, session: Session) -> OAuthSession:
+        return OAuthSession(self._signer(key), self._pool, session, self._freshness)
+
+
+def _key_of(did: str, session_id: str | None) -> str:
+    check_did(did)
+    if session_id is None:
+        return did
+    if not session_id.isprintable() or not 0 < len(session_id) <= 256:
+        raise ValueError("a session_id is 1 to 256 printable characters")
+    return f"{did}#{session_id}"
+
+
+def _params_of(params: Mapping[str, Any] | str) -> dict[str, str]:
+    """The parameters, each given once (RFC 6749 section 3.1)."""
+    if isinstance(params, str):
+        try:
+            pairs: Iterable[tuple[str, Any]] = parse_qsl(urlsplit(params).query, max_num_fields=100)
+        except ValueError as error:
+            raise OAuthCallbackError("the redirect URL cannot be read") from error
+    else:
+        pairs = [
+            (name, value)
+            for name, values in params.items()
+            for value in (values if isinstance(values, list) else [values])
+        ]
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if name in given:
+            raise OAuthCallbackError("a parameter of the callback is given more than once")
+        given[str(name)] = str(value)
+    return given

@@ -1,0 +1,282 @@
+"""Using an account: a ``requests.Session`` whose requests carry a good token, whoever refreshes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Literal
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.auth import AuthBase
+from requests.utils import rewind_body
+
+from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
+from .errors import SessionError, TokenInvalidError, TransportError
+from .session import Freshness, Session, TokenInfo, TokenSet, subject_of
+from .session_getter import SessionGetter
+from .transport import origin
+
+#: Connecting and every wait for more of an answer, in seconds, where the caller did not say.
+_DEFAULT_TIMEOUT = (10.0, 60.0)
+#: The token that was stored, one that another worker has brought, one that is refreshed for this request.
+_TOKENS_TRIED = 3
+#: Answers to a first try are read to the end up to this size, so that their connection can be used again.
+_DRAINED = 65536
+
+
+class Signer:
+    """Signs the requests of one account and judges the answers. No I/O but the getter's."""
+
+    def __init__(
+        self,
+        getter: SessionGetter,
+        key: str,
+        nonces: NonceCache,
+        *,
+        timeout: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.getter = getter
+        self.key = key
+        self._nonces = nonces
+        self._timeout = timeout
+        self._clock = clock
+
+    def flow(
+        self, request: requests.PreparedRequest, audience: str | None = None
+    ) -> Generator[requests.PreparedRequest, requests.Response, None]:
+        """Yield ``request``, signed, be sent the response, and yield it again while another try is due: with a nonce
+        that the server asked for (RFC 9449 section 9), or with a newer token in the place of one that it refused.
+
+        :param audience: the PDS as it was when the URL was made; such a URL follows the account when it moves.
+        :raises TokenInvalidError: a token that had just been issued was refused; the session has been deleted.
+        :raises SessionError: the request would go to somebody else than the account's PDS, or there is no good token.
+        """
+        began, rejected = self._clock(), None
+        for _ in range(_TOKENS_TRIED):
+            session = self.getter.get_session(self.key, rejected=rejected, timeout=self._timeout)
+            tokens = session.token_set
+            _aim(request, audience, tokens)
+            audience = tokens.aud
+            proofs = dpop_flow(
+                session.dpop_key,
+                request.method or "GET",
+                request.url or "",
+                self._nonces,
+                access_token=tokens.access_token,
+                clock=self._clock,
+            )
+            proof: str | None = next(proofs)
+            while proof is not None:
+                request.headers["Authorization"] = f"DPoP {tokens.access_token}"
+                request.headers["DPoP"] = proof
+                response = yield request
+                proof = next_proof(proofs, _answer_of(response))
+                if proof is not None and not _rewind(request):
+                    return
+            if not _is_refused(response):
+                return
+            if rejected is not None and (session.refreshed_at or 0.0) >= began:
+                self._give_up(session)
+                return
+            if not _rewind(request):
+                return
+            rejected = tokens.access_token
+
+    def _give_up(self, session: Session) -> None:
+        cause = TokenInvalidError(f"the server of {self.key} refuses tokens that were just issued; log in again")
+        self.getter.delete_rejected(self.key, session, cause)
+        if self.getter.get_stored(self.key) is None:
+            raise cause
+
+
+class DPoPAdapter(BaseAdapter):
+    """Sends the requests of one account over the connections of its client. The proof is made here, below redirects
+    and proxies, so that no two requests share one."""
+
+    def __init__(self, signer: Signer, pool: HTTPAdapter, audience: str) -> None:
+        super().__init__()
+        self.audience = audience
+        self._signer = signer
+        self._pool = pool
+
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = False,
+        timeout: float | tuple[float, float] | tuple[float, None] | None = None,
+        verify: bool | str = True,
+        cert: bytes | str | tuple[bytes | str, bytes | str] | None = None,
+        proxies: Mapping[str, str] | None = None,
+    ) -> requests.Response:
+        flow = self._signer.flow(request, self.audience)
+        signed = next(flow)
+        while True:
+            response = self._pool.send(signed, stream, timeout or _DEFAULT_TIMEOUT, verify, cert, proxies)
+            again = _resume(flow, response)
+            if again is None:
+                return response
+            _let_go(response)
+            signed = again
+
+    def close(self) -> None:
+        """Nothing: the connections are the client's."""
+
+
+class OAuthSession(requests.Session):
+    """One account, ready to use: a ``requests.Session`` for its PDS. Relative URLs go there, and nothing else may:
+    tokens are for the PDS alone, so a redirect to another origin is an error. Made by :class:`.OAuthClient`; cheap, so
+    make one for each thread.
+
+    :ivar did: the account's DID.
+    """
+
+    def __init__(self, signer: Signer, pool: HTTPAdapter, session: Session, freshness: Freshness) -> None:
+        super().__init__()
+        self.adapters.clear()
+        self.auth = _unchanged  # or requests would read ~/.netrc for every request
+        self._signer = signer
+        self._freshness = freshness
+        self._adapter = DPoPAdapter(signer, pool, session.token_set.aud)
+        self.mount("", self._adapter)
+        self.did = subject_of(signer.key)
+
+    def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
+        """As in requests, with a relative URL taken from the account's PDS."""
+        request.url = urljoin(self._adapter.audience + "/", request.url or "")
+        return super().prepare_request(request)
+
+    def token_info(self, refresh: Literal["auto"] | bool = "auto") -> TokenInfo:
+        """What may be shown of the tokens. ``refresh`` as in :meth:`.SessionGetter.get_session`."""
+        tokens = self._signer.getter.get_session(self._signer.key, refresh).token_set
+        expired = None if tokens.expires_at is None else self._freshness.is_expired(tokens)
+        return TokenInfo(tokens.expires_at, expired, tokens.scope, tokens.iss, tokens.aud, tokens.sub)
+
+    def sign_out(self) -> None:
+        """Delete the session here, and end it at its server if that can be reached."""
+        self._signer.getter.delete_stored(self._signer.key, revoke=True)
+
+    def __repr__(self) -> str:
+        return f"<OAuthSession {self._signer.key}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("an OAuthSession cannot be pickled; send the DID, and call client.restore(did) over there")
+
+
+class AccountAuth(AuthBase):
+    """Authentication for requests made with a ``requests.Session`` of the program's own::
+
+    requests.get(url, auth=client.auth(did))
+    """
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        flow = self._signer.flow(request)
+        next(flow)
+        request.register_hook("response", _Exchange(self._signer, request, flow))
+        return request
+
+    def __repr__(self) -> str:
+        return f"<AccountAuth {self._signer.key}>"
+
+
+class _Exchange:
+    """Goes on with a signed request once its response is there."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        request: requests.PreparedRequest,
+        flow: Generator[requests.PreparedRequest, requests.Response, None],
+    ) -> None:
+        self._signer = signer
+        self._url = request.url
+        self._flow = flow
+
+    def __call__(self, response: requests.Response, **options: Any) -> requests.Response:
+        request = response.request
+        if request.url == self._url:
+            signed = _resume(self._flow, response)
+        # requests makes the request of a redirect from the first one: with its proof, which is another URL's, and, if
+        # it leads elsewhere, without its token.
+        elif response.status_code == 401 and "Authorization" in request.headers and _rewind(request):
+            self._url, self._flow = request.url, self._signer.flow(request)
+            signed = next(self._flow)
+        else:
+            return response
+        while signed is not None:
+            _let_go(response)
+            again: requests.Response = response.connection.send(signed, **options)  # type: ignore[attr-defined]
+            again.history.append(response)
+            response = again
+            signed = _resume(self._flow, response)
+        return response
+
+
+def _resume(
+    flow: Generator[requests.PreparedRequest, requests.Response, None], response: requests.Response
+) -> requests.PreparedRequest | None:
+    try:
+        return flow.send(response)
+    except StopIteration:
+        return None
+    except BaseException:
+        response.close()
+        raise
+
+
+def _aim(request: requests.PreparedRequest, audience: str | None, tokens: TokenSet) -> None:
+    """Let the request go to the account's PDS and nowhere else."""
+    url = request.url or ""
+    at, pds = origin(url), origin(tokens.aud)
+    if at == pds:
+        return
+    if audience is None or at != origin(audience):
+        raise TransportError(
+            f"the tokens of {tokens.sub} are for {pds} alone; a request to {at} was not sent", retryable=False
+        )
+    to = urlsplit(pds)
+    request.url = urlsplit(url)._replace(scheme=to.scheme, netloc=to.netloc).geturl()
+
+
+def _answer_of(response: requests.Response) -> Answer:
+    return Answer.of(response.status_code, response.headers, lambda: response.content if _is_small(response) else b"")
+
+
+def _is_refused(response: requests.Response) -> bool:
+    """Whether it was the token that the server did not like (RFC 6750 section 3.1). A 403 never is about that."""
+    return (
+        response.status_code == 401 and challenge_error(response.headers.get("WWW-Authenticate", "")) == "invalid_token"
+    )
+
+
+def _rewind(request: requests.PreparedRequest) -> bool:
+    """Whether the body can be sent again; a file is wound back for it."""
+    if request.body is None or isinstance(request.body, bytes | str):
+        return True
+    if not isinstance(request._body_position, int):
+        return False
+    try:
+        rewind_body(request)
+    except requests.exceptions.UnrewindableBodyError:
+        return False
+    return True
+
+
+def _is_small(response: requests.Response) -> bool:
+    length = response.headers.get("Content-Length", "")
+    return length.isdecimal() and int(length[:9]) <= _DRAINED
+
+
+def _let_go(response: requests.Response) -> None:
+    if _is_small(response):
+        response.content  # noqa: B018 - read to its end, the connection goes back to the pool
+    response.close()
+
+
+def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
