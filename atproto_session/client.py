@@ -12,10 +12,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from requests.auth import AuthBase
 
+from .adapter import HardenedAdapter
 from .client_auth import negotiate
 from .discovery import Discovery, ServerMetadata
 from .dpop import NonceCache, challenge_of, generate_verifier
-from .errors import OAuthCallbackError, SessionError, TokenRefreshError
+from .errors import OAuthCallbackError, SessionError, TokenRefreshError, printable
 from .identity import IdentityResolver, check_did
 from .keys import Keyset, generate_jwk
 from .locks import Locks
@@ -32,7 +33,7 @@ from .session import (
 )
 from .session_getter import SessionGetter
 from .stores import SessionStore, complete, open_store
-from .transport import HardenedAdapter, Transport, shown
+from .transport import Transport
 
 #: How long a log-in may take, in seconds.
 _LOGIN_WITHIN = 3600.0
@@ -214,9 +215,9 @@ class OAuthClient:
         if given.get("iss") != login["issuer"]:
             raise refuse("the answer does not come from the server that was asked")
         if "error" in given:
-            said = shown(given["error"])
+            said = printable(given["error"])
             if description := given.get("error_description"):
-                said = f"{said} ({shown(description)})"
+                said = f"{said} ({printable(description)})"
             raise refuse(said)
         if "response" in given:
             raise refuse("the answer is a JWT (JARM), which is not supported")
@@ -235,17 +236,22 @@ class OAuthClient:
         session = Session(login["dpopJwk"], method, tokens)
         # Nothing of the answer is trusted before it is known to be of the account that began the log-in, or, if that
         # was begun at a server, of one that this server speaks for.
+        fault = fault_in(tokens, login["did"] or tokens.sub)
         try:
-            if (fault := fault_in(tokens, login["did"] or tokens.sub)) is not None:
-                raise refuse(f"the server issued {fault}")
-            aud = self._authority.audience(check_did(tokens.sub), tokens.iss)
-        except BaseException as error:
-            with contextlib.suppress(SessionError):
-                self._authority.revoke(session)
-            if isinstance(error, TokenRefreshError):
-                raise refuse(str(error)) from error
+            aud = "" if fault else self._authority.audience(check_did(tokens.sub), tokens.iss)
+        except TokenRefreshError as error:
+            fault = str(error)
+        except BaseException:
+            self._revoke(session)
             raise
+        if fault is not None:
+            self._revoke(session)
+            raise refuse(f"the server issued {fault}")
         return replace(session, token_set=replace(tokens, aud=aud))
+
+    def _revoke(self, session: Session) -> None:
+        with contextlib.suppress(SessionError):
+            self._authority.revoke(session)
 
     # Using and ending sessions
 

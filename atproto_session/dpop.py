@@ -22,6 +22,7 @@ import jwt
 
 from .fork import reset_in_child
 from .keys import load_private_key, public_jwk
+from .urls import origin
 
 #: Longer ones are not kept: a nonce comes from outside, and goes into every proof.
 _LONGEST_NONCE = 512
@@ -39,15 +40,15 @@ class NonceCache:
     def reset_after_fork(self) -> None:
         self._mutex = threading.Lock()
 
-    def get(self, origin: str) -> str | None:
-        return self._nonces.get(origin)
+    def get(self, server: str) -> str | None:
+        return self._nonces.get(server)
 
-    def set(self, origin: str, nonce: str) -> None:
-        if self._nonces.get(origin) == nonce or not 0 < len(nonce) <= _LONGEST_NONCE:
+    def set(self, server: str, nonce: str) -> None:
+        if self._nonces.get(server) == nonce or not 0 < len(nonce) <= _LONGEST_NONCE:
             return
         with self._mutex:
-            self._nonces[origin] = nonce
-            self._nonces.move_to_end(origin)
+            self._nonces[server] = nonce
+            self._nonces.move_to_end(server)
             if len(self._nonces) > self._max_entries:
                 self._nonces.popitem(last=False)
 
@@ -64,18 +65,19 @@ class Answer:
     wants_nonce: bool
 
     @classmethod
-    def of(cls, status: int, headers: Mapping[str, str], body: Callable[[], bytes]) -> Answer:
+    def of(cls, status: int, headers: Mapping[str, str], body: bytes | Callable[[], bytes]) -> Answer:
         """Read an answer. Both kinds of servers may ask in both ways: an OAuth error in the body (RFC 9449 section
         8), or a challenge in ``WWW-Authenticate`` (section 9).
 
         :param headers: looked up without regard to case.
-        :param body: called only if the header does not decide.
+        :param body: if a function, called only where the headers do not decide.
         """
         wants_nonce = False
         if status in (400, 401):
             challenge = headers.get("WWW-Authenticate") or ""
             wants_nonce = challenge_error(challenge) == "use_dpop_nonce" or (
-                "json" in (headers.get("Content-Type") or "").lower() and _error_in(body()) == "use_dpop_nonce"
+                "json" in (headers.get("Content-Type") or "").lower()
+                and _error_in(body() if callable(body) else body) == "use_dpop_nonce"
             )
         return cls(headers.get("DPoP-Nonce"), wants_nonce)
 
@@ -101,17 +103,16 @@ def dpop_flow(
     :param key: the private JWK of the session.
     :param access_token: the token that the request carries, if it does.
     """
-    parts = urlsplit(url)
-    origin = f"{parts.scheme}://{parts.netloc}".lower()
-    used = nonces.get(origin)
+    server = origin(url)
+    used = nonces.get(server)
     answer = yield proof(key, method, url, nonce=used, access_token=access_token, clock=clock)
     if answer.nonce is not None:
-        nonces.set(origin, answer.nonce)
+        nonces.set(server, answer.nonce)
     if not answer.wants_nonce or answer.nonce is None or answer.nonce == used:
         return
     answer = yield proof(key, method, url, nonce=answer.nonce, access_token=access_token, clock=clock)
     if answer.nonce is not None:
-        nonces.set(origin, answer.nonce)
+        nonces.set(server, answer.nonce)
 
 
 def next_proof(flow: Generator[str, Answer, None], answer: Answer) -> str | None:

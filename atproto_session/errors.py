@@ -30,6 +30,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
+def printable(text: str, limit: int = 120) -> str:
+    """``text`` as a message may carry it: control and other unprintable characters escaped, cut after ``limit``.
+    For whatever came from outside."""
+    cut = text[:limit]
+    shown = cut if cut.isprintable() else repr(cut)[1:-1]
+    return shown if len(text) <= limit else f"{shown}..."
+
+
 def _rebuild(cls: type[SessionError], message: str, state: dict[str, Any]) -> SessionError:
     error = cls.__new__(cls, message)
     error.args = (message,)
@@ -58,8 +66,7 @@ class SessionError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way calls cls(*args) again, which no constructor with keywords survives.
-        state = {name: value for name, value in self.__dict__.items() if name != "__notes__"}
-        return _rebuild, (type(self), str(self.args[0]), state)
+        return _rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class SessionNotFoundError(SessionError):

@@ -1,23 +1,38 @@
 """State that must not cross ``fork()``.
 
 A forked child inherits the parent's locks as they stood, without the threads that would release them, and its
-connections, which the parent goes on using. Whatever holds such state registers here and is told, in the child and
-before any other code of it runs, to start clean.
+connections, which the parent goes on using. Whatever holds such state registers here: it is told in the child, before
+any other code of it runs, to start clean, and where that is not enough, in the parent beforehand, to come to rest.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
 
 
 class ForkAware(Protocol):
     def reset_after_fork(self) -> None:
-        """Forget, without closing or releasing, what belongs to the parent."""
+        """In the child: forget, without closing or releasing, what belongs to the parent."""
+        ...
+
+
+class ForkPaused(ForkAware, Protocol):
+    def pause_for_fork(self) -> None:
+        """In the parent, before: finish what is under way, and let nothing new begin."""
+        ...
+
+    def resume_after_fork(self) -> None:
+        """In the parent, afterwards: go on. Called even where ``pause_for_fork`` failed."""
+        ...
 
 
 _aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+_paused: weakref.WeakSet[ForkPaused] = weakref.WeakSet()
+_forking = threading.RLock()
+_waiting: list[ForkPaused] = []
 
 
 def reset_in_child(state: ForkAware) -> None:
@@ -25,10 +40,36 @@ def reset_in_child(state: ForkAware) -> None:
     _aware.add(state)
 
 
+def pause_at_fork(state: ForkPaused) -> None:
+    """As :func:`reset_in_child`, and have ``state`` rest in the parent while the fork happens."""
+    _aware.add(state)
+    _paused.add(state)
+
+
+def _pause_all() -> None:
+    # One fork at a time: two threads that fork at once would else wait for what the other has paused.
+    _forking.acquire()
+    _waiting[:] = list(_paused)
+    for state in _waiting:
+        state.pause_for_fork()
+
+
+def _resume_all() -> None:
+    try:
+        for state in _waiting:
+            state.resume_after_fork()
+    finally:
+        _waiting.clear()
+        _forking.release()
+
+
 def _reset_all() -> None:
+    global _forking  # noqa: PLW0603 - the child's own, whoever held the parent's
+    _forking = threading.RLock()
+    _waiting.clear()
     for state in list(_aware):
         state.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_all)
+    os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_reset_all)

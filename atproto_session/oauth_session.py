@@ -13,10 +13,10 @@ from requests.auth import AuthBase
 from requests.utils import rewind_body
 
 from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
-from .errors import SessionError, TokenInvalidError, TransportError
+from .errors import TokenInvalidError, TransportError
 from .session import Freshness, Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
-from .transport import origin
+from .urls import origin
 
 #: Connecting and every wait for more of an answer, in seconds, where the caller did not say.
 _DEFAULT_TIMEOUT = (10.0, 60.0)
@@ -102,7 +102,7 @@ class DPoPAdapter(BaseAdapter):
         self._signer = signer
         self._pool = pool
 
-    def send(
+    def send(  # noqa: PLR0917 - as in requests
         self,
         request: requests.PreparedRequest,
         stream: bool = False,
@@ -177,7 +177,7 @@ class AccountAuth(AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         flow = self._signer.flow(request)
         next(flow)
-        request.register_hook("response", _Exchange(self._signer, request, flow))
+        request.hooks["response"].append(_Exchange(self._signer, request, flow))
         return request
 
     def __repr__(self) -> str:
@@ -210,7 +210,7 @@ class _Exchange:
             return response
         while signed is not None:
             _let_go(response)
-            again: requests.Response = response.connection.send(signed, **options)  # type: ignore[attr-defined]
+            again: requests.Response = response.connection.send(signed, **options)
             again.history.append(response)
             response = again
             signed = _resume(self._flow, response)

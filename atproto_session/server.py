@@ -14,12 +14,13 @@ from typing import Any
 from .client_auth import authentication_params, resolve_stored
 from .discovery import Discovery, ServerMetadata
 from .dpop import Answer, NonceCache, dpop_flow, next_proof
-from .errors import OAuthResponseError, TokenRefreshError, TransportError
+from .errors import OAuthResponseError, TokenRefreshError, TransportError, printable
 from .identity import IdentityResolver
 from .keys import Keyset
 from .metadata import ClientMetadata
 from .session import ClientAuthMethod, Session, TokenSet
-from .transport import Response, Transport, origin, shown
+from .transport import Response, Transport
+from .urls import origin
 
 #: The bound on one token request with all its tries, in seconds.
 ANSWER_WITHIN = 20.0
@@ -144,7 +145,7 @@ class AuthorizationServer:
                 data={**params, **authentication},
                 timeout=max(0.001, deadline - time.monotonic()),
             )
-            answer = Answer.of(response.status, response.headers, lambda: response.body)
+            answer = Answer.of(response.status, response.headers, response.body)
             proof = next_proof(flow, answer)
         if nonce_required and answer.nonce is None and response.status < 300:
             raise TransportError(
@@ -217,8 +218,8 @@ def _document(response: Response, url: str) -> dict[str, Any]:
 def _error_of(response: Response, url: str) -> OAuthResponseError:
     document = _object_in(response) or {}
     error, description = _text(document, "error"), _text(document, "error_description")
-    error = None if error is None else shown(error)
-    description = None if description is None else shown(description)
+    error = None if error is None else printable(error)
+    description = None if description is None else printable(description)
     what = " ".join(filter(None, (error, description and f"({description})"))) or "no OAuth error"
     return OAuthResponseError(
         f"{origin(url)} answered {response.status}: {what}",

@@ -157,9 +157,9 @@ class Freshness:
     def is_stale(self, token_set: TokenSet) -> bool:
         left = self._seconds_left(token_set)
         # The random number is drawn only where it can decide: most reads are of tokens with a long life ahead.
-        return left is not None and (
-            left < self.margin or (left < self.margin + self.jitter and left < self.margin + self.jitter * self.random())
-        )
+        if left is None or left >= self.margin + self.jitter:
+            return False
+        return left < self.margin or left < self.margin + self.jitter * self.random()
 
     def is_expired(self, token_set: TokenSet) -> bool:
         left = self._seconds_left(token_set)

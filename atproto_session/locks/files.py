@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from ..errors import CancelledError, LockTimeoutError, StoreError
+from ..errors import CancelledError, LockTimeoutError, StoreError, printable
 from . import LockKind
 from .threads import ThreadLocks
 
@@ -23,9 +21,13 @@ _POLL = 0.01
 class FileLocks:
     """Advisory locks on files, which the operating system frees when their holder dies.
 
-    Threads queue at a :class:`ThreadLocks` first, so at most one thread of a process polls a file. The number of
-    files is bounded: names share ``stripes`` files by hash. A lock file is never deleted: whoever still had the
-    deleted file open would hold a lock that nobody else sees.
+    Threads queue at a :class:`ThreadLocks` first, so at most one thread of a process polls a file for a name. The
+    number of files is bounded: names share ``stripes`` files by hash, so a block must not take a second lock of the
+    same set. A lock file is never deleted: whoever still had the deleted file open would hold a lock that nobody else
+    sees.
+
+    A forked child holds none of its parent's locks, and keeps none of them alive: filelock closes the inherited
+    descriptors in it, without unlocking what the parent goes on holding.
 
     :param directory: where the files live, on the same file system as the store; made when missing, for its owner
         alone.
@@ -40,12 +42,17 @@ class FileLocks:
 
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[_FileHold]:
-        deadline = time.monotonic() + timeout
+        from filelock import FileLock, Timeout  # not before it is needed: it costs 30 ms and brings asyncio along
+
+        deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         with self._threads.hold(name, timeout=timeout, cancel=cancel):
             path = self._directory / self._stripe_of(name)
-            # A new object each time: nothing of it outlives the block or crosses a fork. Without flock there is no
-            # lock that ends with its holder, so such a file system is refused rather than imitated.
-            lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
+            hold = _FileHold(path)
+            # A new object each time: nothing of it outlives the block or crosses a fork. To preserve the file is also
+            # to refuse a file system without flock, where there is no lock that ends with its holder.
+            lock = FileLock(
+                path, mode=0o600, thread_local=False, preserve_lock_file=True, on_acquired=hold.remember
+            )
             try:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock.acquire(
@@ -53,12 +60,13 @@ class FileLocks:
                     poll_interval=_POLL,
                     cancel_check=None if cancel is None else cancel.is_set,
                 )
-                hold = _FileHold(path)
             except Timeout:
                 if cancel is not None and cancel.is_set():
-                    raise CancelledError(f"waiting for the lock of {name} was cancelled") from None
-                raise LockTimeoutError(f"another process keeps the lock of {name}; try again later") from None
-            except (OSError, NotImplementedError) as error:
+                    raise CancelledError(f"waiting for the lock of {printable(name)} was cancelled") from None
+                raise LockTimeoutError(
+                    f"another process keeps the lock of {printable(name)}; try again later"
+                ) from None
+            except OSError as error:
                 raise StoreError(
                     f"the lock file {path} cannot be used ({error}); it needs a directory that this user may write "
                     "to, on a file system with file locks"
@@ -66,6 +74,7 @@ class FileLocks:
             try:
                 yield hold
             finally:
+                hold.forget()
                 lock.release()
 
     def _stripe_of(self, name: str) -> str:
@@ -74,17 +83,25 @@ class FileLocks:
 
 
 class _FileHold:
+    """Which file is locked, and by which process: a child forked in the block does not hold it."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._identity = self._look()
+        self._identity: tuple[int, int, int] | None = None
+
+    def remember(self, descriptor: int) -> None:
+        self._identity = _identity_of(os.fstat(descriptor))
+
+    def forget(self) -> None:
+        self._identity = None
 
     def extend(self, seconds: float) -> bool:
         # Whoever deletes or replaces the file from outside lets a second holder in through the new one.
         try:
-            return self._look() == self._identity
+            return self._identity == _identity_of(self._path.stat())
         except OSError:
             return False
 
-    def _look(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_dev, status.st_ino
+
+def _identity_of(status: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), status.st_dev, status.st_ino

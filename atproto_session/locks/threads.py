@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import CancelledError, LockTimeoutError
+from ..errors import CancelledError, LockTimeoutError, printable
 from ..fork import reset_in_child
 from . import LockKind
 
@@ -17,15 +17,20 @@ _SLICE = 0.02
 
 
 class _KeyLock:
-    """A lock that a weak dictionary can hold, and that says of itself that it is held."""
+    """A lock that a weak dictionary can hold."""
 
     __slots__ = ("__weakref__", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
+
+class _ThreadHold:
+    def __init__(self) -> None:
+        self.held = True
+
     def extend(self, seconds: float) -> bool:
-        return self.lock.locked()
+        return self.held
 
 
 class ThreadLocks:
@@ -48,15 +53,17 @@ class ThreadLocks:
         return self._kind
 
     @contextmanager
-    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[_KeyLock]:
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[_ThreadHold]:
         with self._mutex:
             key_lock = self._locks.get(name)
             if key_lock is None:
                 key_lock = self._locks[name] = _KeyLock()
         _acquire(key_lock.lock, name, time.monotonic() + timeout, cancel)
+        hold = _ThreadHold()
         try:
-            yield key_lock
+            yield hold
         finally:
+            hold.held = False
             key_lock.lock.release()
 
 
@@ -64,8 +71,8 @@ def _acquire(lock: threading.Lock, name: str, deadline: float, cancel: threading
     while True:
         left = max(0.0, deadline - time.monotonic())
         if cancel is not None and cancel.is_set():
-            raise CancelledError(f"waiting for the lock of {name} was cancelled")
-        if lock.acquire(timeout=left if cancel is None else min(left, _SLICE)):
+            raise CancelledError(f"waiting for the lock of {printable(name)} was cancelled")
+        if lock.acquire(timeout=min(left, threading.TIMEOUT_MAX if cancel is None else _SLICE)):
             return
         if left == 0.0:
-            raise LockTimeoutError(f"another thread keeps the lock of {name}; try again later")
+            raise LockTimeoutError(f"another thread keeps the lock of {printable(name)}; try again later")

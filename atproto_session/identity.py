@@ -1,0 +1,371 @@
+"""Who an account is: from a handle or a DID to the DID document, and from there to the account's PDS.
+
+An account is its DID. A handle is a name that points to it, and counts only if it is *verified*: the DID document
+claims the handle, and the handle resolves to the DID (AT Protocol, ``specs/handle`` and ``specs/did``).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import dns.exception
+import dns.name
+import dns.resolver
+
+from .adapter import spawn
+from .cached_getter import Cache, CachedGetter, GetOptions
+from .errors import ClientMetadataError, IdentityError, TransportError, printable
+from .stores import MemoryStore
+from .transport import Transport, UnusableResponse
+from .urls import check_url, is_host_name, origin
+
+#: Top-level domains that are no part of the public DNS; ``.test`` is good in development.
+_RESERVED_DOMAINS = frozenset({"alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"})
+
+_DID = re.compile(r"did:(?P<method>[a-z]+):(?P<id>[A-Za-z0-9._:%-]*[A-Za-z0-9._-])")
+_PLC_ID = re.compile(r"[a-z2-7]{24}")
+_LOCALHOST = re.compile(r"localhost(?:%3A[0-9]{1,5})?")
+_LONGEST_DID = 2048
+
+#: Seconds for the DNS at most, so that a name server which is away leaves time for what HTTPS has to say.
+_DNS_TIMEOUT = 4.0
+_CACHE_ENTRIES = 1000
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An account.
+
+    :ivar handle: a verified handle; ``None`` if the account has none, or none that was verified.
+    :ivar pds: the origin of the account's PDS.
+    """
+
+    did: str
+    handle: str | None
+    pds: str
+
+
+# Syntax
+
+
+def normalize_handle(text: str, *, allow_http: bool = False) -> str:
+    """A handle as a person types or pastes it, cleaned: without an ``@`` in front, spaces around it and characters that
+    cannot be seen, in lower case. For input of people only.
+
+    :raises IdentityError: see :func:`check_handle`.
+    """
+    return check_handle(_cleaned(text), allow_http=allow_http)
+
+
+def check_handle(handle: str, *, allow_http: bool = False) -> str:
+    """``handle`` in lower case, the form in which handles are compared and sent.
+
+    :param allow_http: for development: ``.test`` is a domain like any other.
+    :raises IdentityError: it is ``malformed``, or ``unsupported`` because its top-level domain is reserved.
+    """
+    if not is_host_name(handle):
+        raise IdentityError(f"{printable(handle)!r} is not a handle such as alice.example.com", reason="malformed")
+    _check_domain(handle, allow_http=allow_http)
+    return handle.lower()
+
+
+def check_did(did: str) -> str:
+    """``did`` itself, if it is one that accounts have: ``did:plc:...`` or ``did:web:`` and a host name.
+
+    :raises IdentityError: it is ``malformed``, or its method is ``unsupported``.
+    """
+    match = _DID.fullmatch(did)
+    if match is None or len(did) > _LONGEST_DID:
+        raise IdentityError(f"{printable(did)!r} is not a DID", reason="malformed")
+    name = match["id"]
+    if match["method"] == "plc":
+        if not _PLC_ID.fullmatch(name):
+            raise IdentityError(f"{printable(did)} is not a did:plc of 24 characters a-z, 2-7", reason="malformed")
+    elif match["method"] == "web":
+        if ":" in name:
+            raise IdentityError(f"{printable(did)} has a path, which accounts cannot have", reason="unsupported")
+        if not is_host_name(name) and not _LOCALHOST.fullmatch(name):
+            raise IdentityError(f"{printable(did)} is not a did:web of a host name", reason="malformed")
+    else:
+        raise IdentityError(f"{printable(did)} is neither did:plc nor did:web", reason="unsupported")
+    return did
+
+
+def _cleaned(text: str) -> str:
+    visible = "".join(character for character in text if unicodedata.category(character) not in ("Cc", "Cf"))
+    return visible.strip().removeprefix("@").strip()
+
+
+def _check_domain(host: str, *, allow_http: bool) -> None:
+    domain = host.lower().rpartition(".")[2]
+    if domain in _RESERVED_DOMAINS or (domain == "test" and not allow_http):
+        raise IdentityError(f"{printable(host)}: .{domain} is not a domain of the Internet", reason="unsupported")
+
+
+# The DID document
+
+
+def parse_did_document(did: str, document: object, *, allow_http: bool = False) -> Identity:
+    """What the DID document of ``did`` says. The handle in it is a claim, verified by nobody yet.
+
+    :param allow_http: for development: the PDS may be at ``http://localhost``.
+    :raises IdentityError: it is another DID's document, or names no usable PDS.
+    """
+    if not isinstance(document, dict) or document.get("id") != did:
+        raise IdentityError(f"what {did} resolves to is not its DID document")
+    service = next((service for service in _entries(document, "service") if _is_pds(did, service)), None)
+    if service is None:
+        raise IdentityError(f"the DID document of {did} names no PDS")
+    try:
+        endpoint = check_url(service.get("serviceEndpoint"), allow_http=allow_http)
+    except ValueError as error:
+        raise IdentityError(f"the PDS in the DID document of {did} {error}") from None
+    parts = urlsplit(endpoint)
+    if parts.path not in ("", "/") or parts.query:
+        raise IdentityError(f"the PDS in the DID document of {did} is more than an origin")
+    return Identity(did, _claimed_handle(document), origin(endpoint))
+
+
+def _is_pds(did: str, service: object) -> bool:
+    return (
+        isinstance(service, dict)
+        and service.get("id") in ("#atproto_pds", f"{did}#atproto_pds")
+        and service.get("type") == "AtprotoPersonalDataServer"
+    )
+
+
+def _claimed_handle(document: dict[str, Any]) -> str | None:
+    for alias in _entries(document, "alsoKnownAs"):
+        if isinstance(alias, str) and alias.startswith("at://") and is_host_name(alias.removeprefix("at://")):
+            return alias.removeprefix("at://").lower()
+    return None
+
+
+def _entries(document: dict[str, Any], name: str) -> list[Any]:
+    value = document.get(name)
+    return value if isinstance(value, list) else []
+
+
+# Resolution
+
+
+class IdentityResolver:
+    """Resolves handles and DIDs. Safe for threads and forks.
+
+    :param plc_directory: where ``did:plc`` is resolved.
+    :param handle_resolver: a server that resolves handles (``com.atproto.identity.resolveHandle``); ``None``: the
+        account's own domain is asked, by DNS and HTTPS.
+    :param allow_http: for development: ``.test`` handles, ``did:web:localhost`` and servers at ``http://localhost``.
+    :param timeout: seconds for one resolution, all told.
+    :param cache_for: seconds for which :meth:`resolve` answers from memory.
+    :param dns_resolver: replaces that of the operating system's configuration, for tests and unusual networks.
+    :param cache: where :meth:`resolve` keeps its answers. Default: in memory.
+    :param clock: seconds, for the age of what is cached.
+    :raises ClientMetadataError: ``plc_directory`` or ``handle_resolver`` is not a URL that may be asked.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        plc_directory: str = "https://plc.directory",
+        handle_resolver: str | None = None,
+        allow_http: bool = False,
+        timeout: float = 10.0,
+        cache_for: float = 300.0,
+        dns_resolver: dns.resolver.Resolver | None = None,
+        cache: Cache[tuple[float, Identity]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._plc_directory = _service_url("plc_directory", plc_directory, allow_http=allow_http)
+        self._handle_resolver = handle_resolver and _service_url(
+            "handle_resolver", handle_resolver, allow_http=allow_http
+        )
+        self._allow_http = allow_http
+        self._timeout = timeout
+        self._dns_resolver = dns_resolver
+        self._clock = clock
+        self._cached: CachedGetter[tuple[float, Identity]] = CachedGetter(
+            self._fetch,
+            MemoryStore(max_entries=_CACHE_ENTRIES) if cache is None else cache,
+            is_stale=lambda _, entry: clock() - entry[0] >= cache_for,
+        )
+
+    def resolve(self, account: str, *, timeout: float | None = None) -> Identity:
+        """The account that a person names by handle or DID, for logging in.
+
+        An account named by its DID is found even if its handle cannot be verified, and is then without one.
+
+        :raises IdentityError: it is no handle or DID, or does not resolve; ``reason`` and ``retryable`` say more.
+        :raises LockTimeoutError: it did not resolve within ``timeout``.
+        """
+        account = _cleaned(account)
+        is_did = account.startswith("did:")
+        key = check_did(account) if is_did else check_handle(account, allow_http=self._allow_http)
+        return self._cached.get(key, timeout=timeout)[1]
+
+    def resolve_did(self, did: str, *, timeout: float | None = None) -> Identity:
+        """What the DID document says now: nothing is cached, and no handle looked up. For the check before a refresh.
+
+        :raises IdentityError: see :meth:`resolve`.
+        """
+        return replace(self._document(check_did(did), self._deadline(timeout)), handle=None)
+
+    def _deadline(self, timeout: float | None) -> float:
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+    def _fetch(self, key: str, options: GetOptions, stored: tuple[float, Identity] | None) -> tuple[float, Identity]:
+        deadline = self._deadline(options.timeout)
+        by_did = key.startswith("did:")
+        identity = self._by_did(key, deadline) if by_did else self._by_handle(key, deadline)
+        return self._clock(), identity
+
+    def _by_handle(self, handle: str, deadline: float) -> Identity:
+        did = self._did_of(handle, deadline)
+        identity = self._document(did, deadline)
+        if identity.handle != handle:
+            raise IdentityError(f"the handle {handle} points to {did}, which does not claim it; log in with the DID")
+        return identity
+
+    def _by_did(self, did: str, deadline: float) -> Identity:
+        identity = self._document(did, deadline)
+        if identity.handle is None:
+            return identity
+        try:
+            handle = check_handle(identity.handle, allow_http=self._allow_http)
+            is_verified = self._did_of(handle, deadline) == did
+        except IdentityError:
+            is_verified = False
+        return identity if is_verified else replace(identity, handle=None)
+
+    # DID documents
+
+    def _document(self, did: str, deadline: float) -> Identity:
+        try:
+            document = self._transport.get_json(
+                self._document_url(did), media_type=None, timeout=deadline - time.monotonic()
+            )
+        except TransportError as error:
+            raise IdentityError(f"{did} does not resolve: {error}", retryable=error.retryable) from error
+        except UnusableResponse as error:
+            raise IdentityError(
+                f"{did} does not resolve: its directory answered {error}", retryable=error.retryable
+            ) from error
+        return parse_did_document(did, document, allow_http=self._allow_http)
+
+    def _document_url(self, did: str) -> str:
+        if did.startswith("did:plc:"):
+            return f"{self._plc_directory}/{did}"
+        host = did.removeprefix("did:web:")
+        if self._allow_http and _LOCALHOST.fullmatch(host):
+            return f"http://{host.replace('%3A', ':')}/.well-known/did.json"
+        _check_domain(host.partition("%")[0], allow_http=self._allow_http)
+        return f"https://{host}/.well-known/did.json"
+
+    # Handles
+
+    def _did_of(self, handle: str, deadline: float) -> str:
+        if self._handle_resolver is not None:
+            return self._ask_resolver(handle, deadline)
+        over_https = spawn(lambda: self._ask_https(handle, deadline))
+        try:
+            found = self._ask_dns(handle, deadline)
+        except _NotFound as error:
+            by_dns = error
+        else:
+            return found  # the DNS is right even if HTTPS says otherwise
+        try:
+            return _result(over_https, deadline)
+        except _NotFound as by_https:
+            raise IdentityError(
+                f"the handle {handle} does not resolve: {by_dns}; {by_https}",
+                retryable=by_dns.retryable or by_https.retryable,
+            ) from by_https
+
+    def _ask_dns(self, handle: str, deadline: float) -> str:
+        lifetime = min(_DNS_TIMEOUT, deadline - time.monotonic())
+        try:
+            resolver = self._dns_resolver or dns.resolver.Resolver()
+            name = dns.name.from_text(f"_atproto.{handle}.")
+            answer = resolver.resolve(name, "TXT", lifetime=lifetime, search=False)
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            raise _NotFound("no DNS record") from None
+        except dns.name.NameTooLong:
+            raise _NotFound("too long for a DNS record") from None
+        except dns.exception.DNSException as error:
+            raise _NotFound(f"the DNS failed ({type(error).__name__})", retryable=True) from error
+        except OSError as error:
+            raise _NotFound("the DNS cannot be reached", retryable=True) from error
+        texts = {b"".join(record.strings).decode("ascii", "replace") for record in answer}
+        dids = {text.removeprefix("did=") for text in texts if text.startswith("did=")}
+        if not dids:
+            raise _NotFound("no DNS record with a DID")
+        if len(dids) > 1:
+            raise IdentityError(f"the DNS records of the handle {handle} contradict each other")
+        return _did_given(dids.pop(), f"the DNS record of the handle {handle}")
+
+    def _ask_https(self, handle: str, deadline: float) -> str:
+        url = f"https://{handle}/.well-known/atproto-did"
+        try:
+            response = self._transport.request(
+                "GET", url, timeout=deadline - time.monotonic(), max_bytes=2 * _LONGEST_DID, redirects=3
+            )
+        except TransportError as error:
+            raise _NotFound(str(error), retryable=error.retryable) from error
+        if not 200 <= response.status < 300:
+            is_passing = response.status >= 500 or response.status == 429
+            raise _NotFound(f"its web server answered {response.status}", retryable=is_passing)
+        try:
+            return check_did(response.body.decode("ascii", "replace").strip())
+        except IdentityError:
+            raise _NotFound("its web server answered without a DID") from None
+
+    def _ask_resolver(self, handle: str, deadline: float) -> str:
+        url = f"{self._handle_resolver}/xrpc/com.atproto.identity.resolveHandle?handle={handle}"
+        try:
+            answer = self._transport.get_json(url, timeout=deadline - time.monotonic())
+        except TransportError as error:
+            raise IdentityError(f"the handle {handle} does not resolve: {error}", retryable=error.retryable) from error
+        except UnusableResponse as error:
+            raise IdentityError(
+                f"the handle {handle} does not resolve: the handle resolver answered {error}",
+                retryable=error.retryable,
+            ) from error
+        return _did_given(answer.get("did"), f"the handle resolver's answer for {handle}")
+
+
+class _NotFound(Exception):
+    """One of the two ways from a handle to its DID has come to nothing. The text says how."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+def _result(lookup: Future[str], deadline: float) -> str:
+    try:
+        return lookup.result(max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        raise _NotFound("its web server did not answer in time", retryable=True) from None
+
+
+def _did_given(did: object, where: str) -> str:
+    try:
+        return check_did(did if isinstance(did, str) else "")
+    except IdentityError as error:
+        raise IdentityError(f"{where} has no usable DID: {error}", reason=error.reason) from None
+
+
+def _service_url(name: str, url: str, *, allow_http: bool) -> str:
+    try:
+        return check_url(url, allow_http=allow_http).rstrip("/")
+    except ValueError as error:
+        raise ClientMetadataError(f"{name} {error}", field=name) from None

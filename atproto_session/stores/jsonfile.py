@@ -1,0 +1,257 @@
+"""Sessions in a directory: a file for each account."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from ..errors import LockTimeoutError, StoreError
+from ..locks import FileLocks
+from ..session import Session, TokenSet
+from .document import Codec, EncryptionKeys
+from .memory import holds
+
+#: How long a write waits for another one to the same account, in seconds.
+_WRITE_TIMEOUT = 30.0
+#: Expired log-ins are looked for on every so many-th new one.
+_PURGE_EVERY = 64
+#: Longer names would not fit on some file systems.
+_LONGEST_NAME = 200
+_HASHED = "%sha256-"
+_RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+
+
+class JSONStore:
+    """Sessions as JSON files, for one machine and up to some thousand accounts.
+
+    ``sessions/`` holds one file for each key, ``logins/`` the pending log-ins, ``locks/`` the lock files. Every write
+    goes to a file in ``writing/`` first, reaches the disk, and then takes the place of the old one, so that a reader
+    finds the one or the other, whole. Reading takes no lock.
+
+    On Windows a file that is being read cannot be replaced; prefer :class:`.SQLiteStore` there.
+
+    :param directory: made when missing, for its owner alone.
+    :param encryption_keys: see :class:`.Codec`.
+    :raises StoreError: the directory cannot be used.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, encryption_keys: EncryptionKeys = ()) -> None:
+        self._directory = Path(directory).absolute()
+        self._files = _Files(self._directory)
+        self._codec = Codec(encryption_keys)
+        self.locks = FileLocks(self._directory / "locks")
+        self.logins = JSONLogins(self._files, self._codec)
+
+    def __repr__(self) -> str:
+        return f"JSONStore({str(self._directory)!r})"
+
+    def get(self, key: str) -> Session | None:
+        data = self._files.read(_path_of(key))
+        return None if data is None else self._codec.decode(key, data)
+
+    def set(self, key: str, session: Session) -> None:
+        data = self._codec.encode(key, session)
+        path = _path_of(key)
+        with self._files.writing(path):
+            self._files.write(path, data)
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        """Compare-and-set; see :meth:`.FullStore.replace`."""
+        data = None if session is None else self._codec.encode(key, session)
+        path = _path_of(key)
+        with self._files.writing(path):
+            if not holds(self.get(key), expected):
+                return False
+            if data is not None:
+                self._files.write(path, data)
+            elif expected is not None:
+                self._files.remove(path)
+            return True
+
+    def delete(self, key: str) -> None:
+        path = _path_of(key)
+        with self._files.writing(path):
+            self._files.remove(path)
+
+    def clear(self) -> None:
+        """Delete every session. Pending log-ins stay, and expire."""
+        for path in self._files.list("sessions", ".json"):
+            with self._files.writing(path):
+                self._files.remove(path)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys.
+
+        :raises StoreError: at the end, if there are files whose key cannot be told.
+        """
+        unreadable = []
+        for path in self._files.list("sessions", ".json"):
+            try:
+                key = self._key_of(path)
+            except ValueError:
+                unreadable.append(path)
+                continue
+            if key is not None:
+                yield key
+        if unreadable:
+            raise StoreError(f"in {self._directory}, nobody can tell whose sessions these are: {', '.join(unreadable)}")
+
+    def close(self) -> None:
+        """Nothing to close: no file stays open."""
+
+    def _key_of(self, path: str) -> str | None:
+        name = path.removeprefix("sessions/").removesuffix(".json")
+        if name.startswith(_HASHED):
+            data = self._files.read(path)
+            return None if data is None else self._codec.key_of(data)
+        return "" if name == "%" else unquote_to_bytes(name).decode("utf-8", "surrogatepass")
+
+
+class JSONLogins:
+    """Pending log-ins, each in a file that carries the time of its end as its time of modification."""
+
+    def __init__(self, files: _Files, codec: Codec) -> None:
+        self._files = files
+        self._codec = codec
+        self._puts = itertools.count()
+
+    def put(self, state: str, document: dict[str, Any], expires_at: float) -> None:
+        if next(self._puts) % _PURGE_EVERY == 0:
+            self._files.remove_older("logins", ".login", time.time())
+        path = _login_path_of(state)
+        with self._files.writing(path):
+            self._files.write(path, self._codec.encode_login(state, document, expires_at), modified=expires_at)
+
+    def take(self, state: str) -> dict[str, Any] | None:
+        path = _login_path_of(state)
+        data = self._files.read(path)
+        if data is None:
+            return None
+        # Read before it is removed: a worker without the right encryption key does not end the log-in.
+        document = self._codec.decode_login(state, data, time.time())
+        return document if self._files.remove(path) else None
+
+
+class _Files:
+    """The files below one directory, by their path relative to it. Every failure is a StoreError."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._locks = FileLocks(directory / "locks" / "writing", stripes=256)
+        with self._failures("made"):
+            for name in ("sessions", "logins", "writing"):
+                (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = f"sessions/.{secrets.token_hex(8)}.probe"
+        with self.writing(probe):
+            self.write(probe, b"")
+            self.remove(probe)
+        self._remove_leftovers()
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[None]:
+        """Keep everybody else from writing ``path``."""
+        try:
+            with self._locks.hold(path, timeout=_WRITE_TIMEOUT) as hold:
+                yield
+                del hold
+        except LockTimeoutError as error:
+            raise StoreError(f"{self._directory / path} is being written all the time", retryable=True) from error
+
+    def read(self, path: str) -> bytes | None:
+        with self._failures("read"):
+            try:
+                with (self._directory / path).open("rb") as file:
+                    return file.read()
+            except FileNotFoundError:
+                if not (self._directory / path).parent.is_dir():
+                    raise
+                return None
+
+    def write(self, path: str, data: bytes, *, modified: float | None = None) -> None:
+        # One name for each target, so that what a killed writer leaves is overwritten by the next. The lock of the
+        # target keeps two of them apart.
+        temporary = self._directory / "writing" / Path(path).name
+        with self._failures("written"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+            with open(os.open(temporary, flags, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if modified is not None:
+                os.utime(temporary, (modified, modified))
+            temporary.replace(self._directory / path)
+            self._sync((self._directory / path).parent)
+
+    def remove(self, path: str) -> bool:
+        """Whether it was this call that removed it."""
+        with self._failures("deleted"):
+            try:
+                (self._directory / path).unlink()
+            except FileNotFoundError:
+                if not (self._directory / path).parent.is_dir():
+                    raise
+                return False
+            self._sync((self._directory / path).parent)
+            return True
+
+    def list(self, directory: str, suffix: str) -> list[str]:
+        with self._failures("read"):
+            return [f"{directory}/{name}" for name in os.listdir(self._directory / directory) if name.endswith(suffix)]
+
+    def remove_older(self, directory: str, suffix: str, than: float) -> None:
+        for path in self.list(directory, suffix):
+            with self._failures("deleted"), suppress(FileNotFoundError):
+                if (self._directory / path).stat().st_mtime < than:
+                    (self._directory / path).unlink()
+
+    def _remove_leftovers(self) -> None:
+        for path in self.list("writing", ""):
+            name = Path(path).name
+            directory = "logins" if name.endswith(".login") else "sessions"
+            with suppress(LockTimeoutError), self._locks.hold(f"{directory}/{name}", timeout=0):
+                self.remove(path)
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"the session store in {self._directory} cannot be {what} ({error}); it needs a directory that this "
+                "user may write to"
+            ) from error
+
+    def _sync(self, directory: Path) -> None:
+        # What a directory holds is on the disk only when the directory is. Windows has no such call, and needs none.
+        if hasattr(os, "O_DIRECTORY"):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _path_of(key: str) -> str:
+    """Percent-encoded more thoroughly than a URL: a file system may ignore case, hide names that begin with a dot, or
+    keep names for devices."""
+    name = re.sub(
+        rb"[^a-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], key.encode("utf-8", "surrogatepass")
+    ).decode("ascii")
+    if name.startswith(".") or _RESERVED_ON_WINDOWS.match(name):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > _LONGEST_NAME:
+        name = _HASHED + hashlib.sha256(name.encode("ascii")).hexdigest()
+    return f"sessions/{name or '%'}.json"
+
+
+def _login_path_of(state: str) -> str:
+    return f"logins/{hashlib.sha256(state.encode('utf-8', 'surrogatepass')).hexdigest()}.login"

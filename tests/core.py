@@ -1,0 +1,134 @@
+"""What the tests of the core share: sessions made by hand, and an authorization server without a network."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from atproto_session import ClientAuthMethod, Session, TokenSet
+from atproto_session.keys import generate_jwk
+
+DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
+KEY = generate_jwk()
+OTHER_KEY = generate_jwk()
+#: For what has to happen and does, in seconds: generous, since it only passes when a test fails.
+SOON = 30.0
+
+
+def make_tokens(number: int = 1, *, lifetime: float | None = 3600.0, **members: object) -> TokenSet:
+    """The token set that the refresh ``number`` brought."""
+    tokens = TokenSet(
+        iss="https://issuer.example.com",
+        sub=DID,
+        aud="https://pds.example.com",
+        scope="atproto transition:generic",
+        refresh_token=f"refresh-{number}",
+        access_token=f"access-{number}",
+        expires_at=None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime),
+    )
+    return replace(tokens, **members)  # type: ignore[arg-type]
+
+
+def make_session(number: int = 1, *, lifetime: float | None = 3600.0, **members: object) -> Session:
+    session = Session(KEY, ClientAuthMethod("none"), make_tokens(number, lifetime=lifetime))
+    return replace(session, **members)  # type: ignore[arg-type]
+
+
+def expired_session(number: int = 1, **members: object) -> Session:
+    return make_session(number, lifetime=-60.0, **members)
+
+
+@dataclass
+class FakeAuthority:
+    """Issues ``refresh-2`` for ``refresh-1`` and so on, and counts what it is sent.
+
+    :ivar on_prepare: called before a refresh is prepared; may raise.
+    :ivar on_send: called with the session when its refresh token is sent, before it is answered; may raise, or return
+        the answer.
+    """
+
+    answer_within: float = 5.0
+    on_prepare: Callable[[Session], object] | None = None
+    on_send: Callable[[Session], Session | None] | None = None
+    spent: Counter[str] = field(default_factory=Counter)
+    revoked: list[str] = field(default_factory=list)
+    revocation_error: Exception | None = None
+
+    def prepare(self, session: Session) -> Callable[[], Session]:
+        if self.on_prepare is not None:
+            self.on_prepare(session)
+        return lambda: self._send(session)
+
+    def _send(self, session: Session) -> Session:
+        token = session.token_set.refresh_token or ""
+        self.spent[token] += 1
+        answer = None if self.on_send is None else self.on_send(session)
+        return answer or successor_of(session)
+
+    def revoke(self, session: Session) -> None:
+        self.revoked.append(session.token_set.refresh_token or session.token_set.access_token)
+        if self.revocation_error is not None:
+            raise self.revocation_error
+
+    @property
+    def sends(self) -> int:
+        return self.spent.total()
+
+
+def successor_of(session: Session) -> Session:
+    number = int((session.token_set.refresh_token or "-0").rpartition("-")[2]) + 1
+    return replace(session, token_set=make_tokens(number))
+
+
+class Gate:
+    """Stops whoever comes to it until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, *ignored: object) -> None:
+        self.reached.set()
+        assert self._open.wait(SOON)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def wait_until_reached(self) -> None:
+        assert self.reached.wait(SOON)
+
+
+class Worker(threading.Thread):
+    """A thread whose result or error is kept."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self.result: object = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self._work()
+        except BaseException as error:
+            self.error = error
+
+    def outcome(self) -> object:
+        self.join(SOON)
+        assert not self.is_alive(), "still at work"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """For what gives no event."""
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)

@@ -1,0 +1,97 @@
+"""The network as a whole: its life, its handles, its strength."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import requests
+
+from atproto_session.testing.network import LocalNetwork
+
+from .conftest import LoggedIn
+from .raw import RawClient, tokens_of
+
+
+def test_it_tells_a_client_where_to_turn(network: LocalNetwork) -> None:
+    assert network.client_options() == {
+        **{"plc_directory": network.plc_url, "handle_resolver": network.pds_url, "allow_http": True},
+    }
+    assert network.issuer == network.pds_url != network.plc_url
+    for url in (network.plc_url, network.pds_url):
+        assert url.startswith("http://localhost:")
+
+
+def test_secrets_stay_out_of_sight(network: LocalNetwork, alice: LoggedIn) -> None:
+    shown = repr(alice.account) + repr(network.session_of(alice.tokens.refresh))
+    for secret in (alice.account.password, alice.tokens.refresh, alice.tokens.access):
+        assert secret not in shown
+
+
+def test_the_token_endpoint_may_take_its_time() -> None:
+    with LocalNetwork(latency=0.05) as network:
+        client = RawClient(network.issuer)
+        before = time.monotonic()
+        assert client.post("/oauth/token", {}).status_code == 400
+        assert time.monotonic() - before >= 0.05
+
+
+def test_stopping_ends_the_latency() -> None:
+    with LocalNetwork(latency=60) as network:
+        fault = network.fault("token", "status", processed=True)
+        threading.Thread(target=_post_quietly, args=(f"{network.issuer}/oauth/token",), daemon=True).start()
+        assert fault.arrived.wait(10)
+        before = time.monotonic()
+    assert time.monotonic() - before < 3
+
+
+def test_it_may_be_stopped_without_having_started() -> None:
+    LocalNetwork().stop()
+
+
+def _post_quietly(url: str) -> None:
+    try:
+        requests.post(url, timeout=30)
+    except requests.ConnectionError:
+        return
+
+
+def test_connections_are_kept_alive(network: LocalNetwork) -> None:
+    with socket.create_connection(("127.0.0.1", urlsplit(network.plc_url).port or 0), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /did:plc:x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while b"did:plc:x" not in answer:
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 404 ")
+
+
+def test_a_client_that_hangs_up_does_no_harm(network: LocalNetwork) -> None:
+    port = urlsplit(network.plc_url).port or 0
+    fault = network.fault("plc", "late", times=None)
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"GET /did:plc:x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert fault.fired.wait(10)
+    network.clear_faults()
+    assert requests.get(f"{network.plc_url}/did:plc:x", timeout=10).status_code == 404
+
+
+def test_many_accounts_live_side_by_side(network: LocalNetwork) -> None:
+    accounts = [network.create_account() for _ in range(4)]
+
+    def live(number: int) -> int:
+        client = RawClient(network.issuer)
+        tokens = client.log_in(network, accounts[number % len(accounts)])
+        for _ in range(5):
+            assert client.call(network.pds_url, "com.atproto.server.getSession", tokens.access).status_code == 200
+            tokens = tokens_of(client.refresh(tokens.refresh))
+        return client.revoke(tokens.refresh).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(live, range(8))) == {200}
+    assert (network.rotations, network.replays, network.revocations) == (40, 0, 8)
+    assert set(network.refresh_token_uses.values()) == {1}

@@ -1,0 +1,85 @@
+"""Imports go down only: a room knows the rooms below it, and none beside or above."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import atproto_session
+
+PACKAGE = Path(atproto_session.__file__).parent
+
+#: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
+FLOORS = [
+    ["errors", "fork", "urls"],
+    ["session", "keys", "flights"],
+    ["dpop", "locks"],
+    ["stores"],
+    ["cached_getter"],
+    ["session_getter", "adapter"],
+    ["transport"],
+    ["identity"],
+    ["discovery", "metadata"],
+    ["client_auth"],
+    ["server", "oauth_session"],
+    ["client"],
+    ["testing"],
+    ["demo"],
+    ["cli"],
+    ["__main__"],
+]
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> Iterator[str]:
+    module = ["atproto_session", *path.relative_to(PACKAGE).with_suffix("").parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            start = module[: -node.level] if node.level else []
+            name = [*start, *(node.module or "").split(".")] if node.module else start
+            names = [name] if len(name) > 1 else [[*name, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        else:
+            continue
+        for parts in names:
+            if parts[0] == "atproto_session" and len(parts) > 1:
+                yield parts[1]
+
+
+def test_every_room_has_a_floor_and_imports_go_down() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        assert room in ROOMS, f"{room} has no floor"
+        wrong += [
+            f"{path.name} imports {other}"
+            for other in imported_rooms(path)
+            if other != room and (other not in ROOMS or ROOMS[other] >= ROOMS[room])
+        ]
+    assert wrong == []
+
+
+def test_the_package_imports_no_extra_and_no_test_tool() -> None:
+    code = (
+        "import sys, atproto_session\n"
+        "extras = {'redis', 'sqlalchemy', 'django', 'flask', 'celery', 'click', 'rich', 'platformdirs', 'pytest'}\n"
+        "print(sorted(extras & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_is_exported_is_there() -> None:
+    assert sorted(atproto_session.__all__) == atproto_session.__all__
+    for name in atproto_session.__all__:
+        assert getattr(atproto_session, name).__module__.startswith("atproto_session")

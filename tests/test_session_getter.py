@@ -1,0 +1,1067 @@
+"""How a session is kept alive: every way a refresh can end, with a fake authorization server and real stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atproto_session import (
+    CancelledError,
+    Freshness,
+    LockTimeoutError,
+    MemoryStore,
+    OAuthResponseError,
+    RefreshInterruptedError,
+    Session,
+    SessionDeletedEvent,
+    SessionError,
+    SessionGetter,
+    SessionNotFoundError,
+    SessionUpdatedEvent,
+    StoreError,
+    TokenRefreshError,
+    TokenRevokedError,
+    TokenSet,
+    TransportError,
+    session_getter,
+)
+from atproto_session.locks import LockKind, ThreadLocks
+from atproto_session.session import Attempt
+
+from .core import (
+    DID,
+    OTHER_KEY,
+    SOON,
+    FakeAuthority,
+    Gate,
+    Worker,
+    expired_session,
+    make_session,
+    make_tokens,
+    successor_of,
+    wait_until,
+)
+
+INVALID_GRANT = OAuthResponseError("400", status=400, error="invalid_grant")
+
+
+class Rig:
+    """A getter over a memory store that holds one session."""
+
+    def __init__(self, session: Session | None = None, store: Any = None, **options: Any) -> None:
+        self.store = store if store is not None else MemoryStore[Session]()
+        if session is not None:
+            self.store.set(DID, session)
+        self.authority = FakeAuthority()
+        self.getter = SessionGetter(self.store, self.authority, **options)
+        self.events: list[SessionUpdatedEvent | SessionDeletedEvent] = []
+        self.getter.on_updated(self.events.append)
+        self.getter.on_deleted(self.events.append)
+
+    @property
+    def stored(self) -> Session | None:
+        return self.store.get(DID)  # type: ignore[no-any-return]
+
+    def get(self, *args: Any, **options: Any) -> Session:
+        return self.getter.get_session(DID, *args, **options)
+
+    def answer_with(self, error: Exception) -> None:
+        def on_send(session: Session) -> None:
+            raise error
+
+        self.authority.on_send = on_send
+
+    def refuse_preparation(self, error: Exception) -> None:
+        def on_prepare(session: Session) -> None:
+            raise error
+
+        self.authority.on_prepare = on_prepare
+
+
+class NoLocks:
+    kind = LockKind.HOLDER
+
+    def hold(self, name: str, **options: object) -> Any:
+        raise AssertionError("a lock was taken")
+
+
+class LeaseHold:
+    def __init__(self, locks: LeaseLocks) -> None:
+        self._locks = locks
+
+    def extend(self, seconds: float) -> bool:
+        self._locks.extended.append(seconds)
+        return self._locks.held
+
+
+class LeaseLocks(ThreadLocks):
+    """Locks that say they can expire, and expire when told to."""
+
+    kind = LockKind.LEASE  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = True
+        self.extended: list[float] = []
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+        with super().hold(name, timeout=timeout, cancel=cancel):
+            yield LeaseHold(self)
+
+
+class FailingStore(MemoryStore[Session]):
+    """A store that fails on command.
+
+    :ivar failures: how many calls of a method still fail.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, int] = {}
+
+    def _maybe_fail(self, method: str) -> None:
+        if self.failures.get(method, 0) > 0:
+            self.failures[method] -= 1
+            raise StoreError(f"{method} fails")
+
+    def get(self, key: str) -> Session | None:
+        self._maybe_fail("get")
+        return super().get(key)
+
+    def set(self, key: str, value: Session) -> None:
+        self._maybe_fail("set")
+        super().set(key, value)
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        self._maybe_fail("replace")
+        return super().replace(key, session, expected)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_getter, "_PATIENCE", 0.01)
+    monkeypatch.setattr(session_getter, "_STORE_PAUSES", (0.001, 0.001, 0.001))
+
+
+# Reading
+
+
+def test_a_fresh_session_takes_no_lock_and_no_request() -> None:
+    session = make_session()
+    rig = Rig(session, locks=NoLocks())
+    assert rig.get() == session
+    assert rig.get(False) == session
+    assert rig.get(rejected="access-0") == session
+    assert rig.authority.sends == 0
+
+
+def test_an_expired_session_as_it_is_takes_none_either() -> None:
+    session = expired_session()
+    assert Rig(session, locks=NoLocks()).get(False) == session
+
+
+def test_tokens_without_expiry_are_never_stale() -> None:
+    rig = Rig(make_session(lifetime=None), locks=NoLocks())
+    assert rig.get().token_set.access_token == "access-1"
+
+
+@pytest.mark.parametrize("refresh", ["auto", True, False])
+def test_nobody_is_logged_in(refresh: Any) -> None:
+    with pytest.raises(SessionNotFoundError, match=DID) as caught:
+        Rig().get(refresh)
+    assert caught.value.login_required
+
+
+def test_a_session_that_vanishes_before_the_lock_is_had() -> None:
+    locks = ThreadLocks(LockKind.HOLDER)
+    rig = Rig(expired_session(), locks=locks)
+    with locks.hold(DID, timeout=0):
+        worker = Worker(rig.get)
+        wait_until(lambda: rig.getter._flights.under_way(DID))
+        rig.store.delete(DID)
+    with pytest.raises(SessionNotFoundError):
+        worker.outcome()
+
+
+def test_a_store_that_cannot_be_read_is_an_error() -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+    store.failures["get"] = 1
+    with pytest.raises(StoreError):
+        rig.get()
+    assert rig.stored is not None
+    assert rig.getter.get_stored(DID) == rig.stored
+
+
+def test_the_getter_is_a_cached_getter_too() -> None:
+    rig = Rig(make_session())
+    assert rig.getter.get(DID).token_set.access_token == "access-1"
+    assert rig.getter.get(DID, no_cache=True, timeout=SOON).token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
+
+
+def test_on_interrupted_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="on_interrupted"):
+        Rig(on_interrupted="ignore")
+
+
+# Refreshing
+
+
+def test_an_expired_session_is_refreshed_and_stored() -> None:
+    rig = Rig(expired_session())
+    session = rig.get()
+    assert session.token_set.access_token == "access-2"
+    assert rig.stored == session
+    assert session.attempt is None
+    assert session.refreshed_at is not None
+    assert rig.authority.spent == {"refresh-1": 1}
+    assert [type(event) for event in rig.events] == [SessionUpdatedEvent]
+    assert rig.events[0].sub == DID
+
+
+def test_true_refreshes_what_is_fresh() -> None:
+    rig = Rig(make_session())
+    assert rig.get(True).token_set.access_token == "access-2"
+    assert rig.get(True).token_set.access_token == "access-3"
+
+
+def test_a_rejected_token_is_replaced_once() -> None:
+    rig = Rig(make_session())
+    assert rig.get(rejected="access-1").token_set.access_token == "access-2"
+    assert rig.get(rejected="access-1").token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
+
+
+def test_a_newer_session_that_has_expired_is_no_answer_to_a_rejected_token() -> None:
+    rig = Rig(expired_session(5))
+    assert rig.get(rejected="access-1").token_set.access_token == "access-6"
+
+
+def test_the_attempt_stands_in_the_record_while_the_request_is_out() -> None:
+    rig = Rig(expired_session())
+    seen: list[Session | None] = []
+    rig.authority.on_send = lambda session: seen.append(rig.stored)  # type: ignore[func-returns-value]
+    rig.get()
+    assert seen[0] is not None
+    attempt = seen[0].attempt
+    assert attempt is not None
+    assert attempt.answer_by - attempt.started_at == pytest.approx(rig.authority.answer_within)
+    assert attempt.answers_lost == 0
+
+
+def test_a_herd_refreshes_once() -> None:
+    rig = Rig(expired_session())
+    gate = rig.authority.on_prepare = Gate()
+    workers = [Worker(rig.get) for _ in range(32)]
+    gate.wait_until_reached()
+    flight = rig.getter._flights._joinable[DID]
+    wait_until(lambda: len(flight._waiters) == 32)
+    gate.open()
+    assert {worker.outcome().token_set.access_token for worker in workers} == {"access-2"}  # type: ignore[attr-defined]
+    assert rig.authority.sends == 1
+
+
+def test_two_getters_over_one_store_refresh_once() -> None:
+    rig = Rig(expired_session())
+    other = SessionGetter(rig.store, rig.authority)
+    gate = rig.authority.on_prepare = Gate()
+    first = Worker(rig.get)
+    gate.wait_until_reached()
+    second = Worker(lambda: other.get_session(DID))
+    wait_until(lambda: other._flights.under_way(DID))
+    gate.open()
+    assert first.outcome() == second.outcome()
+    assert rig.authority.sends == 1
+
+
+def test_what_was_just_refreshed_is_good_even_if_it_lives_short() -> None:
+    rig = Rig(expired_session())
+    other = SessionGetter(rig.store, rig.authority)
+    gate = rig.authority.on_prepare = Gate()
+    rig.authority.on_send = lambda session: replace(successor_of(session), token_set=make_tokens(2, lifetime=5))
+    first = Worker(rig.get)
+    gate.wait_until_reached()
+    second = Worker(lambda: other.get_session(DID))
+    wait_until(lambda: other._flights.under_way(DID))
+    gate.open()
+    assert first.outcome() == second.outcome()
+    assert rig.authority.sends == 1
+
+
+def test_no_refresh_token_in_the_answer_keeps_what_the_server_says() -> None:
+    rig = Rig(expired_session())
+    tokens = make_tokens(2, refresh_token="refresh-1")
+    rig.authority.on_send = lambda session: replace(session, token_set=tokens)
+    assert rig.get().token_set == tokens
+    assert rig.stored is not None
+    assert rig.stored.token_set == tokens
+
+
+# Ahead of time
+
+
+def stale() -> Session:
+    return make_session(lifetime=5.0)
+
+
+def test_a_stale_session_is_refreshed_ahead_of_time() -> None:
+    assert Rig(stale()).get().token_set.access_token == "access-2"
+
+
+def test_staleness_has_a_random_part() -> None:
+    session = make_session(lifetime=25.0)
+    assert Rig(session, freshness=Freshness(random=lambda: 0.4)).get() == session
+    assert Rig(session, freshness=Freshness(random=lambda: 0.6)).get() != session
+
+
+def test_the_others_go_on_with_a_stale_session() -> None:
+    rig = Rig(stale())
+    gate = rig.authority.on_prepare = Gate()
+    first = Worker(rig.get)
+    gate.wait_until_reached()
+    assert rig.get().token_set.access_token == "access-1"
+    other = SessionGetter(rig.store, rig.authority)
+    assert other.get_session(DID).token_set.access_token == "access-1"
+    gate.open()
+    assert first.outcome().token_set.access_token == "access-2"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [TransportError("no"), OAuthResponseError("no", status=500)])
+def test_a_stale_session_outlasts_a_refresh_that_failed(error: SessionError) -> None:
+    rig = Rig(stale())
+    rig.answer_with(error)
+    assert rig.get().token_set.access_token == "access-1"
+
+
+def test_a_stale_session_that_is_over_is_over() -> None:
+    rig = Rig(stale())
+    rig.answer_with(INVALID_GRANT)
+    with pytest.raises(TokenRefreshError):
+        rig.get()
+
+
+def test_a_stale_session_that_expires_meanwhile_is_an_error() -> None:
+    now = [0.0]
+    rig = Rig(make_session(lifetime=None), freshness=Freshness(clock=lambda: now[0]))
+    expires_at = make_tokens().expires_at
+    assert expires_at is not None
+    now[0] = expires_at.timestamp() - 5
+    rig.store.set(DID, make_session())
+
+    def on_prepare(session: Session) -> None:
+        now[0] += 10
+        raise TransportError("no")
+
+    rig.authority.on_prepare = on_prepare
+    rig.store.set(DID, replace(make_session(), token_set=make_tokens(expires_at=expires_at)))
+    with pytest.raises(TransportError):
+        rig.get()
+
+
+def test_cancel_counts_for_a_stale_session_as_well() -> None:
+    rig, cancel = Rig(stale()), threading.Event()
+
+    def on_prepare(session: Session) -> None:
+        cancel.set()
+        wait_until(lambda: rig.getter._flights._joinable[DID].abandoned.is_set())
+
+    rig.authority.on_prepare = on_prepare
+    with pytest.raises(CancelledError):
+        rig.get(cancel=cancel)
+    rig.getter.close()
+    assert rig.authority.sends == 0
+
+
+def test_a_stale_session_that_cannot_be_refreshed_is_used_to_its_end() -> None:
+    rig = Rig(replace(stale(), token_set=make_tokens(lifetime=5.0, refresh_token=None)), locks=NoLocks())
+    assert rig.get().token_set.access_token == "access-1"
+
+
+# What came back
+
+
+def test_a_newer_record_is_the_answer_to_a_late_invalid_grant() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(7)
+
+    def on_send(session: Session) -> None:
+        rig.store.set(DID, newer)
+        raise INVALID_GRANT
+
+    rig.authority.on_send = on_send
+    assert rig.get() == newer
+    assert rig.stored == newer
+    assert rig.events == []
+
+
+def test_invalid_grant_ends_the_session() -> None:
+    rig = Rig(expired_session())
+    rig.answer_with(INVALID_GRANT)
+    with pytest.raises(TokenRefreshError) as caught:
+        rig.get()
+    assert caught.value.login_required
+    assert not caught.value.answer_lost
+    assert rig.stored is None
+    assert [type(event) for event in rig.events] == [SessionDeletedEvent]
+    assert isinstance(rig.events[0], SessionDeletedEvent)
+    assert rig.events[0].cause is caught.value
+
+
+def test_invalid_grant_after_a_lost_answer_says_so() -> None:
+    rig = Rig(expired_session())
+    rig.answer_with(TransportError("reset", sent=True))
+    with pytest.raises(RefreshInterruptedError):
+        rig.get()
+    rig.answer_with(INVALID_GRANT)
+    with pytest.raises(TokenRefreshError) as caught:
+        rig.get()
+    assert caught.value.answer_lost
+
+
+def test_invalid_grant_for_a_session_that_was_signed_out_meanwhile() -> None:
+    rig = Rig(expired_session())
+
+    def on_send(session: Session) -> None:
+        rig.store.delete(DID)
+        raise INVALID_GRANT
+
+    rig.authority.on_send = on_send
+    with pytest.raises(TokenRevokedError):
+        rig.get()
+    assert rig.events == []
+
+
+def test_patience_under_locks_of_this_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(expired_session(), locks=ThreadLocks())
+    newer = make_session(7)
+    monkeypatch.setattr(session_getter.time, "sleep", lambda seconds: rig.store.set(DID, newer))
+    rig.answer_with(INVALID_GRANT)
+    assert rig.get() == newer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OAuthResponseError("no", status=400, error="invalid_client"),
+        OAuthResponseError("no", status=429),
+        TransportError("refused", sent=False),
+    ],
+)
+def test_an_error_that_spent_nothing_leaves_no_trace(error: SessionError) -> None:
+    session = expired_session()
+    rig = Rig(session)
+    rig.answer_with(error)
+    with pytest.raises(type(error)):
+        rig.get()
+    assert rig.stored == session
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OAuthResponseError("no", status=503), OAuthResponseError),
+        (OAuthResponseError("no", status=500, error="server_error"), OAuthResponseError),
+        (OAuthResponseError("no", status=403), OAuthResponseError),
+        (TransportError("reset", sent=True), RefreshInterruptedError),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+def test_an_answer_that_may_be_lost_leaves_the_attempt(error: Exception, raised: type[Exception]) -> None:
+    rig = Rig(expired_session())
+    rig.answer_with(error)
+    with pytest.raises(raised):
+        rig.get()
+    assert rig.stored is not None
+    assert rig.stored.attempt is not None
+    assert rig.stored.attempt.answers_lost == 0
+    with pytest.raises(raised):
+        rig.get()
+    assert rig.stored.attempt is not None
+    assert rig.stored.attempt.answers_lost == 1
+    rig.authority.on_send = None
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.stored.attempt is None
+
+
+def test_a_doubt_survives_an_error_that_spent_nothing() -> None:
+    rig = Rig(expired_session())
+    rig.answer_with(TransportError("reset", sent=True))
+    with pytest.raises(RefreshInterruptedError):
+        rig.get()
+    doubtful = rig.stored
+    rig.answer_with(TransportError("refused", sent=False))
+    with pytest.raises(TransportError):
+        rig.get()
+    assert rig.stored == doubtful
+
+
+def test_retry_after_is_honoured_by_every_worker() -> None:
+    now = [1_700_000_000.0]
+    rig = Rig(expired_session(), freshness=Freshness(clock=lambda: now[0] + 10_000_000_000))
+    rig.answer_with(OAuthResponseError("slow down", status=429, retry_after=20.0))
+    with pytest.raises(OAuthResponseError):
+        rig.get()
+    other = SessionGetter(rig.store, rig.authority, freshness=Freshness(clock=lambda: now[0] + 10_000_000_000))
+    now[0] += 15
+    with pytest.raises(OAuthResponseError, match="5 s") as caught:
+        other.get_session(DID)
+    assert caught.value.retryable
+    assert caught.value.retry_after == pytest.approx(5.0)
+    assert rig.authority.sends == 1
+    now[0] += 6
+    rig.authority.on_send = None
+    assert other.get_session(DID).token_set.access_token == "access-2"
+    assert rig.stored is not None
+    assert rig.stored.refresh_not_before is None
+
+
+def test_retry_after_does_not_keep_a_stale_session_waiting() -> None:
+    session = replace(stale(), refresh_not_before=stale().token_set.expires_at.timestamp())  # type: ignore[union-attr]
+    assert Rig(session, locks=NoLocks()).get() == session
+
+
+def test_a_rest_of_more_than_an_hour_is_a_clock_that_was_set_back() -> None:
+    rig = Rig(expired_session(refresh_not_before=10_000_000_000.0))
+    assert rig.get().token_set.access_token == "access-2"
+
+
+@pytest.mark.parametrize(
+    "members", [{"sub": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, {"scope": "transition:generic"}, {"token_type": "Bearer"}]
+)
+def test_tokens_that_must_not_be_used(members: dict[str, str]) -> None:
+    rig = Rig(expired_session())
+    rig.authority.on_send = lambda session: replace(session, token_set=make_tokens(2, **members))
+    with pytest.raises(TokenRefreshError, match="the server issued"):
+        rig.get()
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-2"]
+    assert isinstance(rig.events[0], SessionDeletedEvent)
+
+
+def test_tokens_that_must_not_be_used_do_not_hurt_a_newer_session() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(7)
+
+    def on_send(session: Session) -> Session:
+        rig.store.set(DID, newer)
+        return replace(session, token_set=make_tokens(2, token_type="Bearer"))
+
+    rig.authority.on_send = on_send
+    assert rig.get() == newer
+    assert rig.authority.revoked == [], "any token of a grant ends the whole grant"
+    rig.store.set(DID, expired_session())
+    newer = replace(newer, dpop_key=OTHER_KEY)
+    with pytest.raises(TokenRefreshError):
+        rig.get()
+    assert rig.stored == newer
+    assert rig.authority.revoked == ["refresh-2"]
+
+
+def test_tokens_that_must_not_be_used_are_revoked_even_if_the_store_fails() -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+
+    def on_send(session: Session) -> Session:
+        store.failures["get"] = 1
+        return replace(session, token_set=make_tokens(2, token_type="Bearer"))
+
+    rig.authority.on_send = on_send
+    with pytest.raises(TokenRefreshError):
+        rig.get()
+    assert rig.authority.revoked == ["refresh-2"]
+
+
+# The record
+
+
+@pytest.mark.parametrize(
+    ("session", "why"),
+    [
+        (expired_session(token_set=make_tokens(lifetime=-1, sub="did:plc:aaaaaaaaaaaaaaaaaaaaaaaa")), "another account"),
+        (expired_session(token_set=make_tokens(lifetime=-1, refresh_token=None)), "without a refresh token"),
+        (expired_session(dpop_key={"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "d": "AA"}), "DPoP key"),
+    ],
+)
+def test_a_record_that_proves_itself_useless(session: Session, why: str) -> None:
+    rig = Rig(session)
+    with pytest.raises(TokenRefreshError, match=why):
+        rig.get()
+    assert rig.stored is None
+    assert rig.authority.sends == 0
+
+
+def test_another_authority_ends_the_session() -> None:
+    rig = Rig(expired_session())
+    rig.refuse_preparation(TokenRefreshError("moved"))
+    with pytest.raises(TokenRefreshError, match="moved"):
+        rig.get()
+    assert rig.stored is None
+
+
+def test_nothing_is_written_when_the_server_cannot_be_found() -> None:
+    session = expired_session()
+    rig = Rig(session)
+    rig.refuse_preparation(TransportError("no network"))
+    with pytest.raises(TransportError):
+        rig.get()
+    assert rig.stored == session
+
+
+# Attempts of others
+
+
+def test_an_attempt_of_a_dead_worker_is_tried_again() -> None:
+    attempt = Attempt("other", "host:1", 0.0, 9e12)
+    rig = Rig(expired_session(attempt=attempt))
+    assert rig.get().token_set.access_token == "access-2"
+
+
+def test_an_attempt_of_a_dead_worker_is_given_up_where_wanted() -> None:
+    attempt = Attempt("other", "host:1", 0.0, 0.0)
+    session = expired_session(attempt=attempt)
+    rig = Rig(session, on_interrupted="fail")
+    with pytest.raises(TokenRefreshError, match="lost") as caught:
+        rig.get()
+    assert caught.value.answer_lost
+    assert rig.stored == session, "kept: its owner may think again"
+    assert rig.authority.sends == 0
+
+
+def attempt_in_flight(seconds: float = SOON) -> Attempt:
+    import time
+
+    return Attempt("other", "host:1", time.time(), time.time() + seconds)
+
+
+def test_under_a_lease_an_answer_is_waited_for() -> None:
+    locks = LeaseLocks()
+    rig = Rig(expired_session(attempt=attempt_in_flight(0.05)), locks=locks)
+    assert rig.get().token_set.access_token == "access-2"
+    assert locks.extended[0] > rig.authority.answer_within
+    assert rig.stored is not None
+
+
+def test_under_a_lease_an_answer_that_comes_is_taken() -> None:
+    locks = LeaseLocks()
+    rig = Rig(expired_session(attempt=attempt_in_flight(0.2)), locks=locks)
+    worker = Worker(rig.get)
+    wait_until(lambda: locks.extended)
+    newer = make_session(2)
+    rig.store.set(DID, newer)
+    assert worker.outcome() == newer
+    assert rig.authority.sends == 0
+
+
+def test_under_a_lease_a_later_attempt_is_waited_for_in_turn() -> None:
+    locks = LeaseLocks()
+    rig = Rig(expired_session(attempt=attempt_in_flight(0.1)), locks=locks)
+    worker = Worker(rig.get)
+    wait_until(lambda: locks.extended)
+    rig.store.set(DID, expired_session(attempt=replace(attempt_in_flight(0.1), id="third")))
+    assert worker.outcome().token_set.access_token == "access-2"  # type: ignore[attr-defined]
+    assert len(locks.extended) == 3, "two waits and the last look"
+
+
+def test_a_caller_who_leaves_while_an_answer_is_waited_for() -> None:
+    session = expired_session(attempt=attempt_in_flight())
+    rig, cancel = Rig(session, locks=LeaseLocks()), threading.Event()
+    rig.authority.answer_within = 60.0
+    worker = Worker(lambda: rig.get(cancel=cancel))
+    wait_until(lambda: rig.getter._locks.extended)  # type: ignore[attr-defined]
+    cancel.set()
+    with pytest.raises(CancelledError):
+        worker.outcome()
+    rig.getter.close()
+    assert rig.stored == session
+    assert rig.authority.sends == 0
+
+
+def test_locks_that_do_not_say_what_they_are_count_as_leases() -> None:
+    class Locks:
+        def __init__(self) -> None:
+            self.hold = ThreadLocks().hold
+
+    rig = Rig(expired_session(), locks=Locks())
+    assert rig.getter._lock_kind is LockKind.LEASE
+
+
+# Before the point of no return
+
+
+def test_a_store_that_takes_no_attempt_spends_nothing() -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+    store.failures["replace"] = 1
+    with pytest.raises(StoreError):
+        rig.get()
+    assert rig.authority.sends == 0
+
+
+def test_a_record_that_changes_before_the_attempt() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(7)
+    rig.authority.on_prepare = lambda session: rig.store.set(DID, newer)
+    assert rig.get() == newer
+    rig.store.set(DID, expired_session())
+    rig.authority.on_prepare = lambda session: rig.store.delete(DID)
+    with pytest.raises(TokenRevokedError):
+        rig.get()
+    assert rig.authority.sends == 0
+
+
+class MeddledStore(MemoryStore[Session]):
+    """Something happens right after an attempt was written."""
+
+    meddle: Any = None
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        done = super().replace(key, session, expected)
+        if session is not None and session.attempt is not None and self.meddle is not None:
+            meddle, self.meddle = self.meddle, None
+            meddle(session)
+        return done
+
+
+def test_the_last_look_sees_another_worker() -> None:
+    store = MeddledStore()
+    rig = Rig(expired_session(), store)
+    taken_over = expired_session(attempt=attempt_in_flight())
+    store.meddle = lambda session: store.set(DID, taken_over)
+    with pytest.raises(LockTimeoutError, match="another worker"):
+        rig.get()
+    assert rig.stored == taken_over, "the other's attempt stands"
+    assert rig.authority.sends == 0
+
+
+def test_the_last_look_sees_a_newer_session_and_a_log_out() -> None:
+    store = MeddledStore()
+    rig = Rig(expired_session(), store)
+    newer = make_session(7)
+    store.meddle = lambda session: store.set(DID, newer)
+    assert rig.get() == newer
+    store.set(DID, expired_session())
+    store.meddle = lambda session: store.delete(DID)
+    with pytest.raises(TokenRevokedError):
+        rig.get()
+    assert rig.authority.sends == 0
+
+
+def test_a_lease_that_was_lost_spends_nothing() -> None:
+    locks = LeaseLocks()
+    session = expired_session()
+    rig = Rig(session, locks=locks)
+    locks.held = False
+    with pytest.raises(LockTimeoutError, match="lost"):
+        rig.get()
+    assert rig.authority.sends == 0
+    assert rig.stored == session
+
+
+def test_a_caller_who_leaves_before_spending_takes_the_attempt_back() -> None:
+    store = MeddledStore()
+    session = expired_session()
+    rig, cancel, gate = Rig(session, store), threading.Event(), Gate()
+    store.meddle = gate
+    worker = Worker(lambda: rig.get(cancel=cancel))
+    gate.wait_until_reached()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        worker.outcome()
+    gate.open()
+    rig.getter.close()
+    assert rig.stored == session
+    assert rig.authority.sends == 0
+
+
+def test_an_attempt_that_cannot_be_taken_back_stands(caplog: pytest.LogCaptureFixture) -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+
+    def on_send(session: Session) -> None:
+        store.failures["get"] = 1
+        raise TransportError("refused", sent=False)
+
+    rig.authority.on_send = on_send
+    with pytest.raises(TransportError):
+        rig.get()
+    assert "could not be taken back" in caplog.text
+    assert rig.stored is not None
+    assert rig.stored.attempt is not None
+
+
+# After it
+
+
+def test_a_caller_who_leaves_after_spending_loses_nothing() -> None:
+    rig, cancel, gate = Rig(expired_session()), threading.Event(), Gate()
+    rig.authority.on_send = gate  # type: ignore[assignment]
+    worker = Worker(lambda: rig.get(cancel=cancel))
+    gate.wait_until_reached()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        worker.outcome()
+    with pytest.raises(LockTimeoutError):
+        rig.get(timeout=0.01)
+    gate.open()
+    rig.getter.close()
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
+
+
+def test_a_log_out_is_not_undone() -> None:
+    rig = Rig(expired_session())
+    rig.authority.on_send = lambda session: rig.store.delete(DID)  # type: ignore[func-returns-value]
+    with pytest.raises(TokenRevokedError):
+        rig.get()
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-2"]
+    assert rig.events == []
+
+
+def test_a_new_log_in_is_not_overwritten() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(1, dpop_key=OTHER_KEY)
+    rig.authority.on_send = lambda session: rig.store.set(DID, newer)  # type: ignore[func-returns-value]
+    rig.authority.revocation_error = TransportError("away")
+    assert rig.get() == newer
+    assert rig.stored == newer
+    assert rig.authority.revoked == ["refresh-2"], "an orphan"
+
+
+def test_a_newer_token_of_the_same_grant_is_not_overwritten() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(7)
+    rig.authority.on_send = lambda session: rig.store.set(DID, newer)  # type: ignore[func-returns-value]
+    assert rig.get() == newer
+    assert rig.authority.revoked == [], "no orphan: it would end the newer one too"
+
+
+def test_the_successor_of_the_spent_token_is_stored_whatever_else_has_changed() -> None:
+    rig = Rig(expired_session())
+    edited = replace(expired_session(), token_set=make_tokens(1, access_token="other"))
+    rig.authority.on_send = lambda session: rig.store.set(DID, edited)  # type: ignore[func-returns-value]
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-2"
+
+
+def test_a_store_that_fails_for_a_moment_is_tried_again() -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+    rig.authority.on_send = lambda session: store.failures.update(replace=2)  # type: ignore[func-returns-value]
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-2"
+
+
+def test_a_store_that_stored_and_said_otherwise() -> None:
+    class Liar(FailingStore):
+        def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+            done = MemoryStore.replace(self, key, session, expected)
+            self._maybe_fail("replace")
+            return done
+
+    store = Liar()
+    rig = Rig(expired_session(), store)
+    rig.authority.on_send = lambda session: store.failures.update(replace=1)  # type: ignore[func-returns-value]
+    assert rig.get().token_set.access_token == "access-2"
+    assert [type(event) for event in rig.events] == [SessionUpdatedEvent]
+
+
+@pytest.mark.parametrize("replaces", [4, 5])
+def test_what_cannot_be_stored_is_revoked(replaces: int) -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+    rig.authority.on_send = lambda session: store.failures.update(replace=replaces)  # type: ignore[func-returns-value]
+    with pytest.raises(StoreError, match="could not be stored") as caught:
+        rig.get()
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    assert len(caught.value.__cause__.exceptions) == replaces
+    assert rig.authority.revoked == ["refresh-2"]
+    assert (rig.stored is None) == (replaces == 4), "deleted, if the store lets it"
+
+
+def test_a_record_that_never_holds_still() -> None:
+    store = FailingStore()
+    rig = Rig(expired_session(), store)
+    count = iter(range(100))
+
+    def disturb(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        store.set(DID, replace(expired_session(), token_set=make_tokens(1, access_token=f"other-{next(count)}")))
+        return False
+
+    def on_send(session: Session) -> None:
+        store.replace = disturb  # type: ignore[method-assign]
+
+    rig.authority.on_send = on_send
+    with pytest.raises(StoreError):
+        rig.get()
+    assert rig.authority.revoked == ["refresh-2"]
+
+
+# Logging in and out
+
+
+def test_a_log_in_is_stored_and_told() -> None:
+    rig = Rig(expired_session(5, attempt=Attempt("a", "b", 0, 0)))
+    rig.getter.set_stored(DID, make_session(attempt=Attempt("a", "b", 0, 0)))
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-1"
+    assert rig.stored.attempt is None
+    assert isinstance(rig.events[0], SessionUpdatedEvent)
+    rig.getter.set_stored(f"{DID}#two", make_session())
+    assert rig.store.get(f"{DID}#two") is not None
+
+
+def test_a_session_of_another_account_is_not_stored() -> None:
+    with pytest.raises(ValueError, match="cannot be stored"):
+        Rig().getter.set_stored("did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", make_session())
+
+
+def test_a_log_in_that_cannot_be_stored_is_revoked() -> None:
+    store = FailingStore()
+    rig = Rig(None, store)
+    store.failures["set"] = 1
+    with pytest.raises(StoreError):
+        rig.getter.set_stored(DID, make_session())
+    assert rig.authority.revoked == ["refresh-1"]
+    assert rig.events == []
+
+
+def test_a_log_out_deletes_tells_and_revokes() -> None:
+    rig = Rig(make_session())
+    rig.getter.delete_stored(DID, revoke=True)
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-1"]
+    assert isinstance(rig.events[0], SessionDeletedEvent)
+    assert isinstance(rig.events[0].cause, TokenRevokedError)
+    rig.getter.delete_stored(DID)
+    assert len(rig.events) == 1, "there was nothing left to delete"
+
+
+def test_a_deletion_with_a_cause() -> None:
+    rig, cause = Rig(make_session()), RuntimeError("closed")
+    rig.getter.delete_stored(DID, cause)
+    assert isinstance(rig.events[0], SessionDeletedEvent)
+    assert rig.events[0].cause is cause
+    assert rig.authority.revoked == []
+
+
+def test_a_log_out_waits_for_a_refresh_and_ends_what_it_left() -> None:
+    rig, gate = Rig(expired_session()), Gate()
+    rig.authority.on_send = gate  # type: ignore[assignment]
+    refresh = Worker(rig.get)
+    gate.wait_until_reached()
+    log_out = Worker(lambda: rig.getter.delete_stored(DID, revoke=True))
+    wait_until(lambda: len(rig.getter._flights._all) == 2)
+    gate.open()
+    refresh.outcome()
+    log_out.outcome()
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-2"]
+
+
+def test_a_log_out_that_cannot_wait_acts_at_once() -> None:
+    rig, gate = Rig(expired_session(), timeout=0.01), Gate()
+    rig.authority.on_send = gate  # type: ignore[assignment]
+    refresh = Worker(lambda: rig.get(timeout=SOON))
+    gate.wait_until_reached()
+    rig.getter.delete_stored(DID, revoke=True)
+    assert rig.stored is None
+    gate.open()
+    with pytest.raises(TokenRevokedError):
+        refresh.outcome()
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-1", "refresh-2"]
+
+
+def test_a_log_out_ends_the_grant_however_often_it_is_refreshed_meanwhile() -> None:
+    store = FailingStore()
+    rig = Rig(make_session(), store)
+    replace_ = MemoryStore.replace
+
+    def refreshed_first(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        del store.replace  # type: ignore[method-assign]
+        store.set(DID, make_session(2))
+        return replace_(store, key, session, expected)
+
+    store.replace = refreshed_first  # type: ignore[method-assign]
+    rig.getter.delete_stored(DID)
+    assert rig.stored is None
+
+
+def test_a_log_out_leaves_a_log_in_that_came_after_it() -> None:
+    store = FailingStore()
+    rig = Rig(make_session(), store)
+    newer = make_session(dpop_key=OTHER_KEY, token_set=make_tokens(9))
+
+    def logged_in_first(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        store.set(DID, newer)
+        return MemoryStore.replace(store, key, session, expected)
+
+    store.replace = logged_in_first  # type: ignore[method-assign]
+    rig.getter.delete_stored(DID)
+    assert rig.stored == newer
+    assert rig.events == []
+
+
+def test_an_unreadable_session_can_be_logged_out_of() -> None:
+    store = FailingStore()
+    rig = Rig(make_session(), store)
+    store.failures["get"] = 1
+    rig.getter.delete_stored(DID, revoke=True)
+    assert rig.stored is None
+
+
+def test_a_rejected_session_is_deleted_unless_it_was_replaced() -> None:
+    rig = Rig(make_session(2))
+    cause = TokenRevokedError("refused")
+    rig.getter.delete_rejected(DID, make_session(1), cause)
+    assert rig.stored is not None
+    rig.getter.delete_rejected(DID, make_session(2, dpop_key=OTHER_KEY), cause)
+    assert rig.stored is not None
+    rig.getter.delete_rejected(DID, make_session(2), cause)
+    assert rig.stored is None
+    rig.getter.delete_rejected(DID, make_session(2), cause)
+    assert len(rig.events) == 1
+
+
+# Listeners
+
+
+def test_a_listener_that_raises_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(expired_session())
+
+    def listener(event: SessionUpdatedEvent) -> None:
+        raise RuntimeError("listener")
+
+    stop = rig.getter.on_updated(listener)
+    assert rig.get() == rig.stored
+    assert "a listener failed" in caplog.text
+    caplog.clear()
+    stop()
+    stop()
+    rig.get(True)
+    assert caplog.text == ""
+
+
+def test_listeners_are_told_after_the_lock_is_released() -> None:
+    locks = ThreadLocks(LockKind.HOLDER)
+    rig = Rig(expired_session(), locks=locks)
+    free: list[bool] = []
+
+    def listener(event: SessionUpdatedEvent) -> None:
+        with locks.hold(DID, timeout=0):
+            free.append(not rig.getter._flights.under_way(DID))
+
+    rig.getter.on_updated(listener)
+    rig.get()
+    assert free == [True]
