@@ -131,6 +131,7 @@ class _BoundedReader(io.RawIOBase):
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
         self._exchange = exchange
+        self.at_end = False
 
     def readable(self) -> bool:
         return True
@@ -140,6 +141,7 @@ class _BoundedReader(io.RawIOBase):
             self._sock.settimeout(_time_left(self._exchange.deadline))
         received = self._raw.readinto(buffer)
         self._exchange.count(received or 0)
+        self.at_end = received == 0
         return received
 
     def close(self) -> None:
@@ -153,7 +155,17 @@ class _BoundedReader(io.RawIOBase):
 
 class _BoundedResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__(cast(socket.socket, _BoundedReader(sock, _exchange())), *args, **options)
+        self._reader = _BoundedReader(sock, _exchange())
+        super().__init__(cast(socket.socket, self._reader), *args, **options)
+
+    def begin(self) -> None:
+        super().begin()
+        # http.client takes an answer that was cut off among its headers for a whole one without a body.
+        if self._reader.at_end:
+            raise http.client.IncompleteRead(b"")
+        # urllib3 rejects this as well, but leaves the socket open.
+        if len({length.strip() for length in ",".join(self.headers.get_all("Content-Length", [])).split(",")}) > 1:
+            raise http.client.HTTPException("contradictory lengths")
 
 
 class _Connection(HTTPConnection):

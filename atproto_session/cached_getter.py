@@ -39,74 +39,19 @@ class GetOptions:
     cancel: threading.Event | None = None
 
 
-class CachedGetter(Generic[V]):
-    """Values by key: from the store while they are good, else fetched by at most one caller at a time.
+class SharedGetter(Generic[V]):
+    """What every getter over a store does the same way: at most one fetch for a key at a time, whoever asks.
 
-    :param getter: ``getter(key, options, stored_value)`` returns a new value. It runs in a thread of its own, and what
-        it returns is stored even if the caller has given up.
     :param store: anything with ``get``, ``set`` and ``delete``.
     :param locks: by default those of the store, or else locks between the threads of this process.
-    :param is_stale: ``is_stale(key, value)`` says that a stored value has to be fetched again. Default: never.
-    :param on_store_error: ``on_store_error(error, key, value)`` is told that a fetched value could not be stored; what
-        it raises reaches the caller. Default: log it and return the value.
-    :param delete_on_error: ``delete_on_error(error, key, stored_value)`` says whether an error of the getter means that
-        the stored value has to go. Default: no.
     :param timeout: how long a caller waits by default, in seconds.
     """
 
-    def __init__(
-        self,
-        getter: Callable[[str, GetOptions, V | None], V],
-        store: Cache[V],
-        *,
-        locks: Locks | None = None,
-        is_stale: Callable[[str, V], bool] | None = None,
-        on_store_error: Callable[[Exception, str, V], None] | None = None,
-        delete_on_error: Callable[[Exception, str, V | None], bool] | None = None,
-        timeout: float = 30.0,
-    ) -> None:
-        self._getter = getter
+    def __init__(self, store: Cache[V], *, locks: Locks | None = None, timeout: float = 30.0) -> None:
         self._cache = store
         self._locks: Locks = locks or getattr(store, "locks", None) or ThreadLocks()
-        self._is_stale = is_stale or (lambda key, value: False)
-        self._on_store_error = on_store_error or _log_store_error
-        self._delete_on_error = delete_on_error or (lambda error, key, stored: False)
         self._timeout = timeout
         self._flights: Flights[V] = Flights()
-
-    def get(
-        self,
-        key: str,
-        *,
-        no_cache: bool = False,
-        allow_stale: bool = False,
-        timeout: float | None = None,
-        cancel: threading.Event | None = None,
-    ) -> V:
-        """The value for ``key``. One that is stored and good is returned at once: no lock is taken.
-
-        :param no_cache: only a value fetched by this call, or by one that was under way.
-        :param allow_stale: a stored value, however old.
-        :param timeout: seconds to wait at most; the fetch itself is not cut short by it.
-        :param cancel: ends the waiting early when set.
-        :raises LockTimeoutError: the value was not there in time.
-        :raises CancelledError: ``cancel`` was set.
-        :raises StoreError: the store cannot be read.
-        """
-
-        def is_good(value: V | None) -> bool:
-            return value is not None and not no_cache and (allow_stale or not self._is_stale(key, value))
-
-        stored = self._cache.get(key)
-        if is_good(stored):
-            return stored  # type: ignore[return-value]  # a good value is a V
-        options = GetOptions(no_cache, allow_stale, timeout, cancel)
-
-        def fetch(stored: V | None, hold: Hold, flight: Flight[V]) -> V:
-            flight.commit()
-            return self._fetch(key, options, stored)
-
-        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel)
 
     def close(self) -> None:
         """Wait until nothing is being fetched."""
@@ -157,6 +102,73 @@ class CachedGetter(Generic[V]):
             if own:
                 flight.abandon()
             raise
+
+
+class CachedGetter(SharedGetter[V]):
+    """Values by key: from the store while they are good, else fetched by at most one caller at a time.
+
+    :param getter: ``getter(key, options, stored_value)`` returns a new value. It runs in a thread of its own, and what
+        it returns is stored even if the caller has given up.
+    :param store: anything with ``get``, ``set`` and ``delete``.
+    :param locks: by default those of the store, or else locks between the threads of this process.
+    :param is_stale: ``is_stale(key, value)`` says that a stored value has to be fetched again. Default: never.
+    :param on_store_error: ``on_store_error(error, key, value)`` is told that a fetched value could not be stored; what
+        it raises reaches the caller. Default: log it and return the value.
+    :param delete_on_error: ``delete_on_error(error, key, stored_value)`` says whether an error of the getter means that
+        the stored value has to go. Default: no.
+    :param timeout: how long a caller waits by default, in seconds.
+    """
+
+    def __init__(
+        self,
+        getter: Callable[[str, GetOptions, V | None], V],
+        store: Cache[V],
+        *,
+        locks: Locks | None = None,
+        is_stale: Callable[[str, V], bool] | None = None,
+        on_store_error: Callable[[Exception, str, V], None] | None = None,
+        delete_on_error: Callable[[Exception, str, V | None], bool] | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        super().__init__(store, locks=locks, timeout=timeout)
+        self._getter = getter
+        self._is_stale = is_stale or (lambda key, value: False)
+        self._on_store_error = on_store_error or _log_store_error
+        self._delete_on_error = delete_on_error or (lambda error, key, stored: False)
+
+    def get(
+        self,
+        key: str,
+        *,
+        no_cache: bool = False,
+        allow_stale: bool = False,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
+    ) -> V:
+        """The value for ``key``. One that is stored and good is returned at once: no lock is taken.
+
+        :param no_cache: only a value fetched by this call, or by one that was under way.
+        :param allow_stale: a stored value, however old.
+        :param timeout: seconds to wait at most; the fetch itself is not cut short by it.
+        :param cancel: ends the waiting early when set.
+        :raises LockTimeoutError: the value was not there in time.
+        :raises CancelledError: ``cancel`` was set.
+        :raises StoreError: the store cannot be read.
+        """
+
+        def is_good(value: V | None) -> bool:
+            return value is not None and not no_cache and (allow_stale or not self._is_stale(key, value))
+
+        stored = self._cache.get(key)
+        if is_good(stored):
+            return stored  # type: ignore[return-value]  # a good value is a V
+        options = GetOptions(no_cache, allow_stale, timeout, cancel)
+
+        def fetch(stored: V | None, hold: Hold, flight: Flight[V]) -> V:
+            flight.commit()
+            return self._fetch(key, options, stored)
+
+        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel)
 
     def _fetch(self, key: str, options: GetOptions, stored: V | None) -> V:
         try:

@@ -17,7 +17,7 @@ from .client_auth import negotiate
 from .discovery import Discovery, ServerMetadata
 from .dpop import NonceCache, challenge_of, generate_verifier
 from .errors import OAuthCallbackError, SessionError, TokenRefreshError, printable
-from .identity import IdentityResolver, check_did
+from .identity import IdentityResolver, check_did, normalize_handle
 from .keys import Keyset, generate_jwk
 from .locks import Locks
 from .metadata import ClientMetadata
@@ -32,7 +32,7 @@ from .session import (
     fault_in,
 )
 from .session_getter import SessionGetter
-from .stores import SessionStore, complete, open_store
+from .stores import EncryptionKeys, SessionStore, complete, open_store
 from .transport import Transport
 
 #: How long a log-in may take, in seconds.
@@ -79,7 +79,7 @@ class OAuthClient:
         store: str | SessionStore,
         keyset: Keyset | None = None,
         locks: Locks | None = None,
-        encryption_keys: Iterable[str | bytes] = (),
+        encryption_keys: EncryptionKeys = (),
         plc_directory: str = "https://plc.directory",
         handle_resolver: str | None = None,
         allow_http: bool = False,
@@ -95,6 +95,7 @@ class OAuthClient:
         self._owns_store = isinstance(store, str)
         self._store = complete(open_store(store, encryption_keys=encryption_keys) if isinstance(store, str) else store)
         self._timeout = timeout
+        self._allow_http = allow_http
         self._freshness = freshness or Freshness()
         self._nonces = NonceCache()
         self._transport = Transport(allow_http=allow_http)
@@ -148,12 +149,12 @@ class OAuthClient:
         """
         redirect_uri = self.metadata.check_redirect_uri(redirect_uri or self.metadata.redirect_uris[0])
         scope = self.metadata.check_scope(scope or self.metadata.scope)
-        account = account.strip()
         if "://" in account:
-            did, issuer = None, self._discovery.from_server_url(account)
+            did, hint, issuer = None, None, self._discovery.from_server_url(account)
         else:
             identity = self._identities.resolve(account)
             did, issuer = identity.did, self._discovery.authorization_server_of(identity.pds)
+            hint = did if did in account else normalize_handle(account, allow_http=self._allow_http)
         server = self._server_of(self._discovery.metadata(issuer))
         method = negotiate(self.metadata, self._keyset, server.metadata)
         key, verifier, ticket = generate_jwk(), generate_verifier(), secrets.token_urlsafe(24)
@@ -164,7 +165,7 @@ class OAuthClient:
             "state": ticket,
             "redirect_uri": redirect_uri,
             "scope": scope,
-            "login_hint": None if did is None else account,
+            "login_hint": hint,
             "prompt": prompt,
             "ui_locales": ui_locales,
             "display": display,

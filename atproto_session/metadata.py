@@ -127,6 +127,8 @@ class ClientMetadata:
             match.
         """
         registered = _text_tuple(redirect_uris, "redirect_uris")
+        if not registered:
+            raise _wrong("redirect_uris", "at least one is needed")
         scopes = " ".join(_checked_scope(scope))
         query = [] if scopes == _LOOPBACK_SCOPE else [("scope", scopes)]
         if registered != _LOOPBACK_REDIRECT_URIS:

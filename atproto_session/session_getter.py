@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from .cached_getter import CachedGetter
+from .cached_getter import SharedGetter
 from .errors import (
     LockTimeoutError,
     OAuthResponseError,
@@ -76,7 +76,7 @@ class Authority(Protocol):
         ...
 
 
-class SessionGetter(CachedGetter[Session]):
+class SessionGetter(SharedGetter[Session]):
     """The sessions of a store, each kept alive.
 
     :param store: a session store; see :mod:`atproto_session.stores`.
@@ -102,14 +102,7 @@ class SessionGetter(CachedGetter[Session]):
         if on_interrupted not in ("retry", "fail"):
             raise ValueError('on_interrupted is "retry" or "fail"')
         self._store = complete(store)
-        super().__init__(
-            lambda key, options, stored: self.get_session(
-                key, True if options.no_cache else "auto", timeout=options.timeout, cancel=options.cancel
-            ),
-            self._store,
-            locks=locks,
-            timeout=timeout,
-        )
+        super().__init__(self._store, locks=locks, timeout=timeout)
         self._authority = authority
         self._freshness = freshness or Freshness()
         self._clock = self._freshness.clock
@@ -243,7 +236,8 @@ class SessionGetter(CachedGetter[Session]):
             raise
         if (fault := fault_in(successor.token_set, session.token_set.sub)) is not None:
             return self._discard(key, session, successor, fault, flight)
-        return self._keep(key, session, replace(successor, attempt=None, refreshed_at=self._clock()), flight)
+        successor = replace(successor, attempt=None, refresh_not_before=None, refreshed_at=self._clock())
+        return self._keep(key, session, successor, flight)
 
     def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
         """The session in the store once no answer to the attempt in it can come any more. A lock that ends only with

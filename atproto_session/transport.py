@@ -254,10 +254,14 @@ def _gunzip(body: bytes, limit: int) -> bytes:
     return plain
 
 
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ if error.__suppress_context__ else error.__context__
+
+
 def _transport_error(error: BaseException, handled: BaseException | None, url: str, *, sent: bool) -> TransportError:
     """``error`` of requests or urllib3 in plain words, without the URL's path and query."""
     # Down to what happened first, but not to what the caller was handling already.
-    while (cause := error.__cause__ or error.__context__) is not None and cause is not handled:
+    while (cause := _cause(error)) is not None and cause is not handled:
         error = cause
     reason = next((text for kind, text in _REASONS if isinstance(error, kind)), printable(str(error)))
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from atproto_session import ClientAuthMethod, Session, TokenSet
+from atproto_session.cached_getter import SharedGetter
+from atproto_session.flights import Flight
 from atproto_session.keys import generate_jwk
 
 DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
@@ -132,3 +135,9 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
+
+
+def flight_of(getter: SharedGetter[Any], key: str = DID) -> Flight[Any]:
+    """The flight for ``key``, once it is registered."""
+    wait_until(lambda: getter._flights.under_way(key))
+    return getter._flights._joinable[key]

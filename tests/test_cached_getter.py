@@ -18,7 +18,7 @@ from atproto_session import (
 from atproto_session.flights import Flight, Flights
 from atproto_session.locks import ThreadLocks
 
-from .core import SOON, Gate, Worker, wait_until
+from .core import SOON, Gate, Worker, flight_of, wait_until
 
 
 class Source:
@@ -93,7 +93,7 @@ def test_concurrent_callers_share_one_fetch(source: Source, store: MemoryStore[s
     getter = CachedGetter(source, store)
     workers = [Worker(lambda: getter.get("a", no_cache=True)) for _ in range(8)]
     source.gate.wait_until_reached()
-    flight = getter._flights._joinable["a"]
+    flight = flight_of(getter, "a")
     wait_until(lambda: len(flight._waiters) == 8)
     source.gate.open()
     assert {worker.outcome() for worker in workers} == {"a-1"}
@@ -105,13 +105,9 @@ def test_an_error_reaches_its_own_caller_alone(source: Source, store: MemoryStor
     getter = CachedGetter(source, store)
     first = Worker(lambda: getter.get("a"))
     source.gate.wait_until_reached()
-    flight = getter._flights._joinable["a"]
+    flight = flight_of(getter, "a")
     second = Worker(lambda: getter.get("a"))
     wait_until(lambda: len(flight._waiters) == 2)
-
-    def recover(key: str, value: object) -> bool:
-        return False
-
     source.gate.open()
     with pytest.raises(ValueError, match="no"):
         first.outcome()
@@ -125,7 +121,7 @@ def test_a_caller_finds_what_a_failed_fetch_left_in_the_store(source: Source, st
     getter = CachedGetter(source, store)
     first = Worker(lambda: getter.get("a"))
     source.gate.wait_until_reached()
-    flight = getter._flights._joinable["a"]
+    flight = flight_of(getter, "a")
     second = Worker(lambda: getter.get("a"))
     wait_until(lambda: len(flight._waiters) == 2)
     store.set("a", "from elsewhere")

@@ -28,6 +28,7 @@ FLOORS = [
     ["client"],
     ["testing"],
     ["demo"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -670,6 +670,7 @@ class TestDevelopmentClient:
             ("scope", {"scope": "a"}),
             ("scope", {"scope": "atproto\n"}),
             ("redirect_uris", {"redirect_uris": "http://127.0.0.1/"}),
+            ("redirect_uris", {"redirect_uris": []}),
             ("redirect_uris", {"redirect_uris": ["http://localhost/"]}),
             ("redirect_uris", {"redirect_uris": ["com.example.app:/cb"]}),
         ],

@@ -41,9 +41,7 @@ class Locks(Protocol):
     @property
     def kind(self) -> LockKind: ...
 
-    def hold(
-        self, name: str, *, timeout: float, cancel: threading.Event | None = None
-    ) -> AbstractContextManager[Hold]:
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> AbstractContextManager[Hold]:
         """Hold the lock ``name`` for the length of a ``with`` block. Not reentrant.
 
         :param timeout: how many seconds to wait for it; 0 tries once.

@@ -50,9 +50,7 @@ class FileLocks:
             hold = _FileHold(path)
             # A new object each time: nothing of it outlives the block or crosses a fork. To preserve the file is also
             # to refuse a file system without flock, where there is no lock that ends with its holder.
-            lock = FileLock(
-                path, mode=0o600, thread_local=False, preserve_lock_file=True, on_acquired=hold.remember
-            )
+            lock = FileLock(path, mode=0o600, thread_local=False, preserve_lock_file=True, on_acquired=hold.remember)
             try:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock.acquire(

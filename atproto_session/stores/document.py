@@ -8,7 +8,7 @@ encrypted when they are next written, or all at once by :func:`atproto_session.s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError, printable
@@ -17,7 +17,7 @@ from ..session import Session, from_document, to_document
 if TYPE_CHECKING:
     from cryptography.fernet import MultiFernet
 
-EncryptionKeys = Sequence[str | bytes] | str | bytes
+EncryptionKeys = Iterable[str | bytes] | str | bytes
 
 #: How many decoded records are kept: most reads find the bytes of the read before.
 _KEPT = 1024

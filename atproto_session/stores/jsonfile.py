@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from ..errors import LockTimeoutError, StoreError
+from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
 from ..session import Session, TokenSet
 from .document import Codec, EncryptionKeys
@@ -103,7 +103,8 @@ class JSONStore:
             if key is not None:
                 yield key
         if unreadable:
-            raise StoreError(f"in {self._directory}, nobody can tell whose sessions these are: {', '.join(unreadable)}")
+            names = ", ".join(map(printable, unreadable))
+            raise StoreError(f"in {self._directory}, it cannot be told whose sessions these are: {names}")
 
     def close(self) -> None:
         """Nothing to close: no file stays open."""
@@ -112,8 +113,14 @@ class JSONStore:
         name = path.removeprefix("sessions/").removesuffix(".json")
         if name.startswith(_HASHED):
             data = self._files.read(path)
-            return None if data is None else self._codec.key_of(data)
-        return "" if name == "%" else unquote_to_bytes(name).decode("utf-8", "surrogatepass")
+            if data is None:
+                return None
+            key = self._codec.key_of(data)
+        else:
+            key = "" if name == "%" else unquote_to_bytes(name).decode("utf-8", "surrogatepass")
+        if _path_of(key) != path:
+            raise ValueError("the file is not named as this key's would be")
+        return key
 
 
 class JSONLogins:
@@ -160,9 +167,8 @@ class _Files:
     def writing(self, path: str) -> Iterator[None]:
         """Keep everybody else from writing ``path``."""
         try:
-            with self._locks.hold(path, timeout=_WRITE_TIMEOUT) as hold:
+            with self._locks.hold(path, timeout=_WRITE_TIMEOUT):
                 yield
-                del hold
         except LockTimeoutError as error:
             raise StoreError(f"{self._directory / path} is being written all the time", retryable=True) from error
 
@@ -177,12 +183,9 @@ class _Files:
                 return None
 
     def write(self, path: str, data: bytes, *, modified: float | None = None) -> None:
-        # One name for each target, so that what a killed writer leaves is overwritten by the next. The lock of the
-        # target keeps two of them apart.
-        temporary = self._directory / "writing" / Path(path).name
+        temporary = self._directory / "writing" / f"{Path(path).name}.{secrets.token_hex(4)}"
         with self._failures("written"):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-            with open(os.open(temporary, flags, 0o600), "wb") as file:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -205,7 +208,8 @@ class _Files:
 
     def list(self, directory: str, suffix: str) -> list[str]:
         with self._failures("read"):
-            return [f"{directory}/{name}" for name in os.listdir(self._directory / directory) if name.endswith(suffix)]
+            names = [path.name for path in (self._directory / directory).iterdir()]
+        return [f"{directory}/{name}" for name in names if name.endswith(suffix)]
 
     def remove_older(self, directory: str, suffix: str, than: float) -> None:
         for path in self.list(directory, suffix):
@@ -214,10 +218,11 @@ class _Files:
                     (self._directory / path).unlink()
 
     def _remove_leftovers(self) -> None:
+        # Of killed writers: one that lives holds the lock of what it writes.
         for path in self.list("writing", ""):
-            name = Path(path).name
-            directory = "logins" if name.endswith(".login") else "sessions"
-            with suppress(LockTimeoutError), self._locks.hold(f"{directory}/{name}", timeout=0):
+            target = path.removeprefix("writing/").rpartition(".")[0]
+            directory = "logins" if target.endswith(".login") else "sessions"
+            with suppress(LockTimeoutError), self._locks.hold(f"{directory}/{target}", timeout=0):
                 self.remove(path)
 
     @contextmanager
@@ -243,9 +248,9 @@ class _Files:
 def _path_of(key: str) -> str:
     """Percent-encoded more thoroughly than a URL: a file system may ignore case, hide names that begin with a dot, or
     keep names for devices."""
-    name = re.sub(
-        rb"[^a-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], key.encode("utf-8", "surrogatepass")
-    ).decode("ascii")
+    name = re.sub(rb"[^a-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], key.encode("utf-8", "surrogatepass")).decode(
+        "ascii"
+    )
     if name.startswith(".") or _RESERVED_ON_WINDOWS.match(name):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) > _LONGEST_NAME:

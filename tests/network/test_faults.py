@@ -170,6 +170,14 @@ def test_drip(network: LocalNetwork, alice: LoggedIn) -> None:
         assert call.result().json()["did"] == alice.account.did
 
 
+def test_a_drip_may_come_to_its_end(network: LocalNetwork) -> None:
+    fault = network.fault("plc", "drip", interval=0.0001)
+    assert requests.get(f"{network.plc_url}/did:plc:x", timeout=10).json() == {
+        "message": "DID not registered: did:plc:x"
+    }
+    assert not fault.release.is_set()
+
+
 def test_a_drip_comes_byte_by_byte(network: LocalNetwork) -> None:
     fault = network.fault("plc", "drip", interval=0.001)
     with socket.create_connection(("127.0.0.1", urlsplit(network.plc_url).port or 0), timeout=BOUND) as connection:

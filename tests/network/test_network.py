@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,9 @@ def test_a_client_that_hangs_up_does_no_harm(network: LocalNetwork) -> None:
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"GET /did:plc:x HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert fault.fired.wait(10)
+            assert fault.fired.wait(10)
+            # Closed with a reset, so that the answer cannot be written any more.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     network.clear_faults()
     assert requests.get(f"{network.plc_url}/did:plc:x", timeout=10).status_code == 404
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
+from contextlib import closing
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import jwt
 import pytest
@@ -65,6 +68,18 @@ def test_there_is_exactly_one_proof_and_it_is_one(network: LocalNetwork, alice: 
         b"7", alice.client.key, "ES256", {"typ": "dpop+jwt", "jwk": public_jwk(alice.client.key)}
     )
     assert "JSON object" in error_of(alice.client.post("/oauth/token", form, proof=not_claims))[1]
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    with closing(connection):
+        connection.putrequest("POST", "/oauth/token")
+        body = urlencode(form).encode()
+        for name, value in (
+            *(("Content-Type", "application/x-www-form-urlencoded"), ("Content-Length", str(len(body)))),
+            *(("DPoP", alice.client.proof("POST", url)), ("DPoP", alice.client.proof("POST", url))),
+        ):
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        assert (answer.status, b"single proof" in answer.read()) == (401, True)
     assert network.refresh_token_uses == {}
 
 

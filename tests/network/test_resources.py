@@ -157,6 +157,7 @@ def test_handles_change(network: LocalNetwork) -> None:
     alice, bob = network.create_account("alice.test"), network.create_account()
     assert bob.handle == "user2.test"
     network.change_handle(alice.did, "alice2.test")
+    network.change_handle(bob.did, "bob.test")
     network.change_handle(bob.did, "bob.test", resolves=False)
 
     def resolve(handle: str) -> int:

@@ -189,7 +189,10 @@ def test_access_tokens_can_be_rejected_new_ones_included(network: LocalNetwork, 
 
 
 def test_sessions_can_be_ended(network: LocalNetwork, alice: LoggedIn) -> None:
+    other = RawClient(network.issuer).log_in(network, network.create_account())
     network.revoke_sessions(alice.account.did)
     assert alice.client.call(network.pds_url, GET_SESSION, alice.tokens.access).status_code == 401
     assert error_of(alice.client.refresh(alice.tokens.refresh)) == ("invalid_grant", "Invalid refresh token")
     assert network.revocations == 0
+    assert not alive(network, alice.tokens.access)
+    assert alive(network, other.access)

@@ -132,9 +132,11 @@ class Call:
             self.fire()
         return response
 
-    def refused(self, error: OAuthError) -> Response:
-        if self.server is None:  # pragma: no cover - set() keeps such faults away from these endpoints
+    def refused(self, error: OAuthError, *, new_nonce: bool = False) -> Response:
+        if self.server is None:  # pragma: no cover - Faults.set() keeps such faults away from these endpoints
             raise ValueError("this endpoint knows no OAuth errors")
+        if new_nonce:
+            self.server.nonces.rotate()
         self.fire()
         return self.server.refuse(error)
 
@@ -224,9 +226,7 @@ def oauth_error(
 
 def nonce_challenge(call: Call) -> Response:
     """Demand a nonce newer than any that was handed out."""
-    if call.server is not None:
-        call.server.nonces.rotate()
-    return call.refused(use_nonce())
+    return call.refused(use_nonce(), new_nonce=True)
 
 
 def no_nonce(call: Call) -> Response:

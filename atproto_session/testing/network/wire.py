@@ -210,14 +210,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path, _, query = self.path.partition("?")
+        request = Request(self.command, self.server.origin, path, query, self.headers, self._read_body())
         try:
-            request = Request(self.command, self.server.origin, path, query, self.headers, self._read_body())
             response = self.server.respond(request)
         except ConnectionCut:
             self._hang_up()
             return
-        except OSError:
-            raise
         except Exception:
             logger.exception("the local network failed to answer %s %s", self.command, path)
             response = Response.of_json({"error": "server_error", "error_description": "Server error"}, 500)
@@ -232,8 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         while size := int(self.rfile.readline().split(b";")[0], 16):
             pieces.append(self.rfile.read(size))
             self.rfile.readline()
-        while self.rfile.readline().strip():
-            pass  # trailers
+        self.rfile.readline()  # the empty line; no client sends trailers
         return b"".join(pieces)
 
     def _send(self, response: Response) -> None:

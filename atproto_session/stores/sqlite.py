@@ -1,0 +1,252 @@
+"""Sessions in an SQLite database, for any number of processes on one machine."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from ..errors import LockTimeoutError, StoreError
+from ..locks import FileLocks
+from ..session import Session, TokenSet
+from .connections import Connections
+from .document import Codec, EncryptionKeys
+from .memory import holds
+
+T = TypeVar("T")
+
+_SCHEMA_VERSION = 1
+# With a row id: documents are longer than a quarter of a page, so that in a table WITHOUT ROWID each would need a page
+# of its own besides (measured with 100,000 sessions: 27 instead of 7 microseconds a look-up, twice the size).
+_SCHEMA = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS sessions (key TEXT PRIMARY KEY NOT NULL, document BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS logins (state TEXT PRIMARY KEY NOT NULL, document BLOB NOT NULL, expires_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS logins_by_expiry ON logins (expires_at);
+PRAGMA user_version = 1;
+COMMIT;
+"""
+_HINTS = {
+    sqlite3.SQLITE_BUSY: "another process keeps it locked; try again later",
+    sqlite3.SQLITE_LOCKED: "another thread keeps it locked; try again later",
+    sqlite3.SQLITE_NOTADB: "this is the file of something else, or damaged",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup",
+    sqlite3.SQLITE_FULL: "the disk is full",
+}
+_TRANSIENT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+class SQLiteStore:
+    """Sessions in one SQLite file, in WAL mode: readers and the writer do not wait for each other, and what was
+    written survives a power failure.
+
+    :param path: the database file, made when missing, for its owner alone. Not on a network file system, where WAL
+        does not work. The lock files are beside it, in ``<path>.locks``.
+    :param encryption_keys: see :class:`.Codec`.
+    :param busy_timeout: how long a write waits for the write of another process, in seconds.
+    :raises StoreError: the file cannot be used, or was written by a later release.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        encryption_keys: EncryptionKeys = (),
+        busy_timeout: float = 30.0,
+    ) -> None:
+        if os.fspath(path) in ("", ":memory:"):
+            raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
+        self._codec = Codec(encryption_keys)
+        self._database = _Database(Path(path).absolute(), busy_timeout)
+        self.locks = self._database.locks
+        self.logins = SQLiteLogins(self._database, self._codec)
+
+    def __repr__(self) -> str:
+        return f"SQLiteStore({self._database.path!r})"
+
+    def get(self, key: str) -> Session | None:
+        rows = self._database.read("SELECT document FROM sessions WHERE key = ?", (key,))
+        return self._codec.decode(key, rows[0][0]) if rows else None
+
+    def set(self, key: str, session: Session) -> None:
+        data = self._codec.encode(key, session)
+        self._database.write(lambda connection: _put(connection, key, data))
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        """Compare-and-set; see :meth:`.FullStore.replace`."""
+        data = None if session is None else self._codec.encode(key, session)
+
+        def work(connection: sqlite3.Connection) -> bool:
+            row = connection.execute("SELECT document FROM sessions WHERE key = ?", (key,)).fetchone()
+            if not holds(None if row is None else self._codec.decode(key, row[0]), expected):
+                return False
+            if data is None:
+                connection.execute("DELETE FROM sessions WHERE key = ?", (key,))
+            else:
+                _put(connection, key, data)
+            return True
+
+        return self._database.write(work)
+
+    def delete(self, key: str) -> None:
+        self._database.write(lambda connection: connection.execute("DELETE FROM sessions WHERE key = ?", (key,)))
+
+    def clear(self) -> None:
+        """Delete every session. Pending log-ins stay, and expire."""
+        self._database.write(lambda connection: connection.execute("DELETE FROM sessions"))
+
+    def __iter__(self) -> Iterator[str]:
+        # A page at a time: a read transaction that stays open keeps the log from being reset.
+        last, comparison = "", ">="
+        while rows := self._database.read(
+            f"SELECT key FROM sessions WHERE key {comparison} ? ORDER BY key LIMIT 1000",  # noqa: S608 - no input
+            (last,),
+        ):
+            yield from (key for (key,) in rows)
+            (last,), comparison = rows[-1], ">"
+
+    def close(self) -> None:
+        """Close the database. The store cannot be used afterwards."""
+        self._database.close()
+
+
+class SQLiteLogins:
+    """Pending log-ins in a table of their own."""
+
+    def __init__(self, database: _Database, codec: Codec) -> None:
+        self._database = database
+        self._codec = codec
+
+    def put(self, state: str, document: dict[str, Any], expires_at: float) -> None:
+        data = self._codec.encode_login(state, document, expires_at)
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM logins WHERE expires_at <= ?", (time.time(),))
+            connection.execute("INSERT OR REPLACE INTO logins VALUES (?, ?, ?)", (state, data, expires_at))
+
+        self._database.write(work)
+
+    def take(self, state: str) -> dict[str, Any] | None:
+        def work(connection: sqlite3.Connection) -> dict[str, Any] | None:
+            row = connection.execute("SELECT document FROM logins WHERE state = ?", (state,)).fetchone()
+            if row is None:
+                return None
+            # Read before it is removed: a worker without the right encryption key does not end the log-in.
+            document = self._codec.decode_login(state, row[0], time.time())
+            connection.execute("DELETE FROM logins WHERE state = ?", (state,))
+            return document
+
+        return self._database.write(work)
+
+
+class _Database:
+    """One file and the connections to it. Every failure is a StoreError."""
+
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        self.path = str(path)
+        self.locks = FileLocks(f"{path}.locks")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
+            with FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=busy_timeout):
+                _create(path)
+            self._identity = _identity_of(self.path)
+        except LockTimeoutError as error:
+            raise StoreError(f"{self.path} is being opened by other processes all the time", retryable=True) from error
+        except (sqlite3.Error, OSError) as error:
+            raise self._failure(error) from error
+        self._connections = Connections(partial(_connect, path.as_uri(), busy_timeout), patience=busy_timeout + 5)
+        self.close = weakref.finalize(self, self._connections.close)
+
+    def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
+        return self._use(lambda connection: connection.execute(sql, parameters).fetchall())
+
+    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def transaction(connection: sqlite3.Connection) -> T:
+            connection.execute("BEGIN IMMEDIATE")
+            result = work(connection)
+            connection.execute("COMMIT")
+            return result
+
+        return self._use(transaction)
+
+    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            # SQLite itself would go on with the file that was deleted, and lose what it writes.
+            if _identity_of(self.path) != self._identity:
+                raise StoreError(f"{self.path} was replaced while it was in use; restart the processes that use it")
+            connection = self._connections.borrow()
+            try:
+                result = work(connection)
+            except BaseException:
+                self._connections.discard(connection)  # which rolls back
+                raise
+            self._connections.give_back(connection)
+        except (sqlite3.Error, OSError, UnicodeError) as error:
+            raise self._failure(error) from error
+        return result
+
+    def _failure(self, error: Exception) -> StoreError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        hint = _HINTS.get(code, "it needs a file and a directory that this user may write to")
+        return StoreError(
+            f"the session store {self.path} cannot be used ({error}): {hint}", retryable=code in _TRANSIENT
+        )
+
+
+def _create(path: Path) -> None:
+    # The permissions are right from the first moment: SQLite takes them from the file that modeof names. The database
+    # must not be opened here in any other way: on POSIX, to close it would drop the locks of this process on it.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as like:
+        uri = f"{path.as_uri()}?mode=rwc&modeof={quote(like.name)}"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise StoreError(f"{path} is on a file system that SQLite's WAL mode does not work on")
+            if _version_of(connection) == 0:
+                connection.executescript(_SCHEMA)
+            _check_version(connection)
+            connection.execute("BEGIN IMMEDIATE")  # fails at once where nothing can be written
+
+
+def _connect(uri: str, busy_timeout: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{uri}?mode=rw", uri=True, isolation_level=None, check_same_thread=False, timeout=busy_timeout
+    )
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        _check_version(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _version_of(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def _check_version(connection: sqlite3.Connection) -> None:
+    if (version := _version_of(connection)) != _SCHEMA_VERSION:
+        raise StoreError(
+            f"the database has version {version}, not {_SCHEMA_VERSION}: it was written by a later release of this "
+            "library, which this worker has to be upgraded to, or by another program"
+        )
+
+
+def _put(connection: sqlite3.Connection, key: str, data: bytes) -> None:
+    connection.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (key, data))
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116 - on every read, and a Path costs as much again
+    return status.st_dev, status.st_ino

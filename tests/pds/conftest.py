@@ -1,0 +1,61 @@
+"""The real PDS, started once for a run, and installed before the first test's clock starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pds.harness import Account, RealPDS
+from tests.pds.install import InstallError, ensure_installed, is_installed
+
+_HERE = Path(__file__).parent
+_problem = pytest.StashKey[InstallError]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    can_install = is_installed() or shutil.which("npm") is not None
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            item.add_marker(pytest.mark.pds)
+        # In CI nobody would notice.
+        if _needs_pds(item) and not can_install and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip("the real PDS is installed with npm, which is not on PATH"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Here, since an install takes longer than one test may, and only if a test that was selected needs it.
+    wanted = any(_needs_pds(item) and item.get_closest_marker("skip") is None for item in session.items)
+    if not wanted or is_installed() or session.config.option.collectonly:
+        return
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line("installing the real PDS: one to four minutes, once for this machine")
+    try:
+        ensure_installed()
+    except InstallError as error:
+        session.config.stash[_problem] = error
+
+
+def _needs_pds(item: pytest.Item) -> bool:
+    return "real_pds" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session")
+def real_pds(pytestconfig: pytest.Config) -> Iterator[RealPDS]:
+    """The PDS that all tests of a run share; ``pds_account`` makes a test independent of the others."""
+    if (problem := pytestconfig.stash.get(_problem, None)) is not None:
+        pytest.fail(str(problem), pytrace=False)
+    with RealPDS() as pds:
+        yield pds
+
+
+@pytest.fixture
+def pds_account(real_pds: RealPDS) -> Iterator[Account]:
+    """A new account, on a proxy that has counted nothing yet."""
+    account = real_pds.create_account()
+    real_pds.proxy.reset()
+    yield account
+    real_pds.proxy.reset()

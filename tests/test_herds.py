@@ -1,0 +1,57 @@
+"""Many threads of many processes want a good token at the same moment: one refresh, and nobody loses a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atproto_session import ClientMetadata, OAuthClient
+from atproto_session.testing.network import LocalNetwork
+
+from .crew import Crew
+
+ROUNDS = 20
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{request.param}:///{tmp_path}/sessions"
+
+
+@pytest.fixture
+def network() -> Iterator[LocalNetwork]:
+    with LocalNetwork() as network:
+        yield network
+
+
+def test_one_refresh_for_each_expiry_and_for_each_rejected_token(store: str, network: LocalNetwork) -> None:
+    account = network.create_account()
+    with OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options()) as client:
+        client.callback(network.authorize(client.authorize(account.did), account))
+        with Crew(store, account.did, network.client_options()) as crew:
+            for round_ in range(ROUNDS):
+                network.expire_access_tokens(account.did)
+                stored = client.sessions.get_session(account.did, False)
+                if round_ % 2:
+                    # As the clock would have it: everybody finds the stored token expired, before any request.
+                    expire(client, account.did)
+                    tokens = crew.do("restore")
+                else:
+                    crew.do("request")
+                    tokens = crew.do("rejected", rejected=stored.token_set.access_token)
+                assert len(set(tokens)) == 1
+                assert network.rotations == round_ + 1
+    assert set(network.refresh_token_uses.values()) == {1}
+    assert network.replays == 0
+
+
+def expire(client: OAuthClient, did: str) -> None:
+    """Let the time of the stored access token have come, without its account being asked to log in again."""
+    from dataclasses import replace
+    from datetime import UTC, datetime
+
+    session = client.sessions.get_session(did, False)
+    tokens = replace(session.token_set, expires_at=datetime.fromtimestamp(1, UTC))
+    assert client._store.replace(did, replace(session, token_set=tokens), session.token_set)
