@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint soak fuzz bench clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -21,12 +21,18 @@ test: $(VENV)/.made  ## run the tests (with a real PDS where npm is there)
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
-	$(BIN)/coverage report --fail-under=100 --include='atproto_session/errors.py,atproto_session/fork.py,atproto_session/session.py,atproto_session/keys.py,atproto_session/dpop.py,atproto_session/stores/*,atproto_session/locks/*,atproto_session/cached_getter.py,atproto_session/session_getter.py'
+	$(BIN)/coverage report --fail-under=100 --include='atproto_session/errors.py,atproto_session/fork.py,atproto_session/urls.py,atproto_session/flights.py,atproto_session/session.py,atproto_session/keys.py,atproto_session/dpop.py,atproto_session/stores/*,atproto_session/locks/*,atproto_session/cached_getter.py,atproto_session/session_getter.py'
 
 lint: $(VENV)/.made  ## mypy --strict and ruff
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+soak: $(VENV)/.made  ## faults and kills at random for a while, over many accounts
+	$(BIN)/python -m tests.soak
+
+fuzz: $(VENV)/.made  ## hostile input to everything that parses
+	$(BIN)/python -m tests.fuzz
 
 bench: $(VENV)/.made  ## what a request costs, against a bare one
 	$(BIN)/python tests/bench.py

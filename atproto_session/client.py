@@ -35,6 +35,8 @@ from .session_getter import SessionGetter
 from .stores import EncryptionKeys, SessionStore, complete, open_store
 from .transport import Transport
 
+#: Connections to one server that are kept open while no request uses them.
+_IDLE_CONNECTIONS = 64
 #: How long a log-in may take, in seconds.
 _LOGIN_WITHIN = 3600.0
 
@@ -99,7 +101,7 @@ class OAuthClient:
         self._freshness = freshness or Freshness()
         self._nonces = NonceCache()
         self._transport = Transport(allow_http=allow_http)
-        self._pool = HardenedAdapter(allow_http=allow_http)
+        self._pool = HardenedAdapter(allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS)
         self._identities = IdentityResolver(
             self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
         )
