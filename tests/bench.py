@@ -167,8 +167,20 @@ def bench_requests(client: OAuthClient) -> None:
         return lambda: seconds(lambda: client.restore(did_of_request()).get(PATH), 200)
 
     against = "one ES256 signature and a GET of a kept requests.Session"
-    compare(f"restore one of {SESSIONS:,} sessions, and a GET / {against}", restored(lambda: did), bare, turns=25, target=1.5)
-    compare(f"GET of a kept OAuthSession / {against}", lambda: seconds(lambda: kept.get(PATH), 200), bare, turns=25, target=1.3)
+    compare(
+        f"restore one of {SESSIONS:,} sessions, and a GET / {against}",
+        restored(lambda: did),
+        bare,
+        turns=25,
+        target=1.5,
+    )
+    compare(
+        f"GET of a kept OAuthSession / {against}",
+        lambda: seconds(lambda: kept.get(PATH), 200),
+        bare,
+        turns=25,
+        target=1.3,
+    )
     compare(
         f"restore another of {SESSIONS:,} sessions each time, and a GET / {against}",
         restored(lambda: did_of(random.randrange(SESSIONS))),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import jwt
 import pytest
 import requests
 
@@ -28,7 +30,7 @@ from atproto_session import (
     TokenRevokedError,
     TransportError,
 )
-from atproto_session.testing.network import Account, LocalNetwork
+from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 ECHO = "/xrpc/app.test.echo"
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
@@ -96,7 +98,7 @@ def test_a_callback_counts_once(network: LocalNetwork, client: OAuthClient, acco
         ({"error": "access_denied"}, "access_denied"),
     ],
 )
-@pytest.mark.duty(31)
+@pytest.mark.duty(31, 43)
 def test_a_callback_that_is_not_right(
     change: dict[str, Any], why: str, network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:
@@ -154,7 +156,7 @@ def test_an_account_that_the_server_does_not_speak_for(
     assert network.revocations == 1
 
 
-@pytest.mark.duty(33)
+@pytest.mark.duty(3, 33)
 def test_an_account_that_cannot_be_verified(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     callback = network.authorize(client.authorize(account.did), account)
     network.fault("plc", "status", status=500, times=None)
@@ -202,6 +204,7 @@ def test_what_cannot_be_begun(network: LocalNetwork, client: OAuthClient, accoun
         client.authorize(account.did)
 
 
+@pytest.mark.duty(43)
 def test_a_server_that_refuses_the_request(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     network.fault("par", "oauth_error", error="invalid_request", description="no\x1b[31m", status=400)
     with pytest.raises(OAuthResponseError) as caught:
@@ -326,6 +329,7 @@ def test_other_refusals_are_not_about_the_token(status: int, network: LocalNetwo
     assert network.rotations == 0
 
 
+@pytest.mark.duty(41)
 def test_headers_pass_through(session: OAuthSession) -> None:
     headers = {"atproto-proxy": "did:web:api.example.com#bsky_appview"}
     echoed = session.get(ECHO, headers=headers, params={"limit": 10}).json()
@@ -431,6 +435,40 @@ def test_events(network: LocalNetwork) -> None:
     assert isinstance(events[-1].cause, TokenRevokedError)
 
 
+@pytest.mark.duty(2, 36)
+@pytest.mark.parametrize("expires_in", [None, 90 * 86400, 0])
+def test_tokens_are_opaque_and_live_as_long_as_the_server_says(
+    expires_in: int | None, network: LocalNetwork, client: OAuthClient, account: Account
+) -> None:
+    # A JWT that says that it expired in 2001, of another account.
+    lie = jwt.encode({"exp": 1_000_000_000, "sub": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, None, algorithm="none")
+
+    body: dict[str, object] = {
+        "access_token": lie,
+        "token_type": "DPoP",
+        "scope": "atproto",
+        "sub": account.did,
+        "refresh_token": lie,
+    }
+    if expires_in is not None:
+        body["expires_in"] = expires_in
+
+    def respond(request: Request) -> Response:
+        return replace(Response.of_json(body), headers={"Content-Type": "application/json", "DPoP-Nonce": "n"})
+
+    network.fault("token", "custom", respond=respond)
+    session = client.callback(network.authorize(client.authorize(account.did), account)).session
+    info = session.token_info(refresh=False)
+    assert info.sub == account.did
+    if expires_in is None:
+        assert (info.expires_at, info.expired) == (None, None)
+    else:
+        assert info.expires_at is not None
+        left = (info.expires_at - datetime.now(UTC)).total_seconds()
+        assert expires_in - 60 < left <= expires_in
+        assert info.expired is (expires_in == 0)
+
+
 # Ending it
 
 
@@ -461,6 +499,7 @@ def test_signing_out_works_without_the_server(
         client.restore(session.did)
 
 
+@pytest.mark.duty(37)
 def test_a_session_revoked_elsewhere(network: LocalNetwork, client: OAuthClient, session: OAuthSession) -> None:
     network.revoke_sessions(session.did)
     with pytest.raises(Exception, match="log in again") as caught:
@@ -471,7 +510,7 @@ def test_a_session_revoked_elsewhere(network: LocalNetwork, client: OAuthClient,
 # An account that moves
 
 
-@pytest.mark.duty(34)
+@pytest.mark.duty(34, 39)
 def test_an_account_that_moves_within_its_issuer_takes_its_session_along() -> None:
     with LocalNetwork(entryway=True) as network:
         account = network.create_account()
@@ -499,6 +538,7 @@ def test_an_account_that_moves_to_another_issuer_has_to_log_in_again(
         client.restore(session.did)
 
 
+@pytest.mark.duty(39)
 def test_a_handle_that_changes_is_no_matter(network: LocalNetwork, client: OAuthClient, session: OAuthSession) -> None:
     network.change_handle(session.did, "bob.test")
     assert client.restore(session.did, refresh=True).get(GET_SESSION).json()["handle"] == "bob.test"

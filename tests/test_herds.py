@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ def network() -> Iterator[LocalNetwork]:
         yield network
 
 
+@pytest.mark.duty(35)
 def test_one_refresh_for_each_expiry_and_for_each_rejected_token(store: str, network: LocalNetwork) -> None:
     account = network.create_account()
     with OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options()) as client:
@@ -49,9 +52,6 @@ def test_one_refresh_for_each_expiry_and_for_each_rejected_token(store: str, net
 
 def expire(client: OAuthClient, did: str) -> None:
     """Let the time of the stored access token have come, without its account being asked to log in again."""
-    from dataclasses import replace
-    from datetime import UTC, datetime
-
     session = client.sessions.get_session(did, False)
     tokens = replace(session.token_set, expires_at=datetime.fromtimestamp(1, UTC))
     assert client._store.replace(did, replace(session, token_set=tokens), session.token_set)

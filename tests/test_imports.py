@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import atproto_session
 
 PACKAGE = Path(atproto_session.__file__).parent
@@ -84,3 +86,15 @@ def test_what_is_exported_is_there() -> None:
     assert sorted(atproto_session.__all__) == atproto_session.__all__
     for name in atproto_session.__all__:
         assert getattr(atproto_session, name).__module__.startswith("atproto_session")
+
+
+@pytest.mark.duty(43)
+def test_nothing_is_validated_by_assert() -> None:
+    """Python runs without them under ``-O``."""
+    found = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if "testing" not in path.parts
+        and any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+    assert found == []

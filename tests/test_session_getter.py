@@ -167,6 +167,7 @@ def test_an_expired_session_as_it_is_takes_none_either() -> None:
     assert Rig(session, locks=NoLocks()).get(False) == session
 
 
+@pytest.mark.duty(36)
 def test_tokens_without_expiry_are_never_stale() -> None:
     rig = Rig(make_session(lifetime=None), locks=NoLocks())
     assert rig.get().token_set.access_token == "access-1"
@@ -250,6 +251,7 @@ def test_the_attempt_stands_in_the_record_while_the_request_is_out() -> None:
     assert attempt.answers_lost == 0
 
 
+@pytest.mark.duty(35)
 def test_a_herd_refreshes_once() -> None:
     rig = Rig(expired_session())
     gate = rig.authority.on_prepare = Gate()
@@ -364,7 +366,7 @@ def test_cancel_counts_for_a_stale_session_as_well() -> None:
 
     def on_prepare(session: Session) -> None:
         cancel.set()
-        wait_until(lambda: flight_of(rig.getter).abandoned.is_set())
+        wait_until(flight_of(rig.getter).abandoned.is_set)
 
     rig.authority.on_prepare = on_prepare
     with pytest.raises(CancelledError):
@@ -395,6 +397,7 @@ def test_a_newer_record_is_the_answer_to_a_late_invalid_grant() -> None:
     assert rig.events == []
 
 
+@pytest.mark.duty(37)
 def test_invalid_grant_ends_the_session() -> None:
     rig = Rig(expired_session())
     rig.answer_with(INVALID_GRANT)

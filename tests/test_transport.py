@@ -263,7 +263,7 @@ def test_what_fails_after_the_request_left_is_sent(script: Callable[[socket.sock
 def test_what_the_caller_was_handling_already_is_not_given_as_the_reason() -> None:
     with closed_port() as port:
         try:
-            os.environ["no such variable"]
+            os.environ["NO SUCH VARIABLE"]
         except KeyError:
             with pytest.raises(TransportError, match="connection refused"):
                 Transport(allow_http=True).request("GET", f"http://127.0.0.1:{port}/")

@@ -1,0 +1,900 @@
+"""The stores: the contract for every one, and what can happen to the place where each keeps its records."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import importlib
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.fernet import Fernet
+
+from atproto_session.errors import LockTimeoutError, StoreError
+from atproto_session.locks import FileLocks, LockKind, ThreadLocks
+from atproto_session.session import Attempt, Session, TokenSet, to_document
+from atproto_session.stores import (
+    FullStore,
+    JSONStore,
+    MemoryStore,
+    SQLiteStore,
+    complete,
+    jsonfile,
+    open_store,
+    rotate_encryption,
+)
+from atproto_session.stores.document import Codec
+from atproto_session.testing.contracts import DID, HOSTILE_KEYS, SharedStoreContract, StoreContract, make_session
+
+KEY, NEW_KEY = Fernet.generate_key(), Fernet.generate_key()
+LATER, EARLIER = 4e9, 1e9
+
+
+def damage_json(directory: Path) -> None:
+    (file,) = (directory / "sessions").glob("*ewvi7nxzyoun6zhxrhs64oiz.json")
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def damage_sqlite(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "UPDATE sessions SET document = substr(document, 1, length(document) - 20) WHERE key = ?", (DID,)
+        )
+
+
+class TestMemoryStore(StoreContract):
+    def make_store(self, tmp_path: Path) -> FullStore:
+        return MemoryStore[Session]()
+
+
+class TestJSONStore(SharedStoreContract):
+    def opener(self, tmp_path: Path) -> Callable[[], FullStore]:
+        return partial(JSONStore, tmp_path / "store")
+
+    def damage(self, store: FullStore, key: str) -> bool:
+        damage_json(store._directory)  # type: ignore[attr-defined]
+        return True
+
+
+class TestEncryptedJSONStore(TestJSONStore):
+    def opener(self, tmp_path: Path) -> Callable[[], FullStore]:
+        return partial(JSONStore, tmp_path / "store", encryption_keys=[KEY])
+
+
+class TestSQLiteStore(SharedStoreContract):
+    def opener(self, tmp_path: Path) -> Callable[[], FullStore]:
+        return partial(SQLiteStore, tmp_path / "sessions.db")
+
+    def damage(self, store: FullStore, key: str) -> bool:
+        damage_sqlite(store._database.path)  # type: ignore[attr-defined]
+        return True
+
+
+class TestEncryptedSQLiteStore(TestSQLiteStore):
+    def opener(self, tmp_path: Path) -> Callable[[], FullStore]:
+        return partial(SQLiteStore, tmp_path / "sessions.db", encryption_keys=[KEY])
+
+
+class TestCompletedDict(StoreContract):
+    def make_store(self, tmp_path: Path) -> FullStore:
+        return complete({})
+
+
+class OwnStore:
+    """The least that a store can be."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, Session] = {}
+
+    def get(self, key: str) -> Session | None:
+        return self.sessions.get(key)
+
+    def set(self, key: str, session: Session) -> None:
+        self.sessions[key] = session
+
+    def delete(self, key: str) -> None:
+        self.sessions.pop(key, None)
+
+
+class OwnStoreWithKeys(OwnStore):
+    closed = False
+
+    def clear(self) -> None:
+        self.sessions.clear()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sessions)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class TestCompletedStore(StoreContract):
+    def make_store(self, tmp_path: Path) -> FullStore:
+        return complete(OwnStoreWithKeys())
+
+
+# Completing
+
+
+def test_a_full_store_is_left_as_it_is(tmp_path: Path) -> None:
+    for store in (MemoryStore[Session](), JSONStore(tmp_path), completed := complete(OwnStore())):
+        assert complete(store) is store
+    assert completed.locks.kind is LockKind.PROCESS
+
+
+def test_what_is_neither_store_nor_mapping_is_refused() -> None:
+    for thing in (None, [], object(), frozenset()):
+        with pytest.raises(
+            TypeError, match=r"get\(key\), set\(key, session\) and delete\(key\), or is a mutable mapping"
+        ):
+            complete(thing)  # type: ignore[arg-type]
+
+
+def test_listing_and_clearing_are_not_made_up() -> None:
+    store = complete(OwnStore())
+    with pytest.raises(StoreError, match=r"OwnStore has no __iter__\(\) method"):
+        list(store)
+    with pytest.raises(StoreError, match=r"OwnStore has no clear\(\) method"):
+        store.clear()
+    store.close()
+    assert repr(store) == "<OwnStore, completed>"
+
+
+def test_the_parts_that_a_store_has_are_used() -> None:
+    class Own(OwnStoreWithKeys):
+        def __init__(self) -> None:
+            super().__init__()
+            self.locks = ThreadLocks(LockKind.HOLDER)
+            self.replaced: list[tuple[str, Session | None, TokenSet | None]] = []
+
+        def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> int:
+            self.replaced.append((key, session, expected))
+            return 1
+
+    own = Own()
+    store = complete(own)
+    assert store.locks is own.locks
+    assert store.replace(DID, None, None) is True
+    assert own.replaced == [(DID, None, None)]
+    store.close()
+    assert own.closed
+
+
+def test_what_a_store_of_the_users_own_raises_is_a_store_error() -> None:
+    class Broken:
+        def fail(self, *arguments: object) -> Any:
+            raise ConnectionResetError("secret-token")
+
+        get = set = delete = clear = close = __iter__ = fail
+
+    store = complete(Broken())
+    for failing in (
+        lambda: store.get(DID),
+        lambda: store.set(DID, make_session()),
+        lambda: store.delete(DID),
+        lambda: store.replace(DID, make_session(), None),
+        store.clear,
+        lambda: list(store),
+        store.close,
+    ):
+        with pytest.raises(StoreError, match="Broken") as caught:
+            failing()
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_session_error_of_a_store_stays_itself() -> None:
+    class Busy(OwnStore):
+        def get(self, key: str) -> Session | None:
+            raise StoreError("try again", retryable=True)
+
+    with pytest.raises(StoreError, match="try again") as caught:
+        complete(Busy()).get(DID)
+    assert caught.value.retryable
+
+
+def test_a_store_that_holds_something_else_than_sessions() -> None:
+    with pytest.raises(StoreError, match=f"dict for {DID} instead of a Session"):
+        complete({DID: {"tokenSet": {}}}).get(DID)  # type: ignore[dict-item]
+
+
+# Opening
+
+
+def test_open_store_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_store("memory:"), MemoryStore)
+    relative, absolute = open_store("json:///dir/sub"), open_store(f"json:///{tmp_path}/dir/sub")
+    assert repr(relative) == repr(absolute) == f"JSONStore({str(tmp_path / 'dir' / 'sub')!r})"
+    with (
+        closing(open_store("sqlite:///a b%20#?.db")) as relative,
+        closing(open_store(f"SQLITE:///{tmp_path}/a b%20#?.db", encryption_keys=KEY)) as absolute,
+    ):
+        assert repr(relative) == repr(absolute) == f"SQLiteStore({str(tmp_path / 'a b%20#?.db')!r})"
+        relative.set(DID, make_session())
+        assert absolute.get(DID) == make_session()
+    assert (tmp_path / "a b%20#?.db").is_file()
+
+
+@pytest.mark.parametrize("url", ["", "sessions.db", "ftp://user:hunter2@host", "/var/db", "nothing\n:x"])
+def test_an_unknown_scheme_lists_the_known_ones_and_no_password(url: str) -> None:
+    with pytest.raises(StoreError, match=r"known are memory:, json:///directory, sqlite:///file.db") as caught:
+        open_store(url)
+    assert "hunter2" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("url", ["json:", "json://", "json:///", "json://dir", "sqlite:file.db", "sqlite:///"])
+def test_a_url_without_a_path(url: str) -> None:
+    with pytest.raises(StoreError, match=r":///relative/path or (json|sqlite):////absolute/path"):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "extra"),
+    [
+        ("redis://:hunter2@host/0", "redis", "redis"),
+        ("rediss://:hunter2@host/0", "redis", "redis"),
+        ("postgresql://me:hunter2@host/db", "sqlalchemy", "sql"),
+        ("postgresql+psycopg://me:hunter2@host/db", "sqlalchemy", "sql"),
+        ("mysql+pymysql://me:hunter2@host/db", "sqlalchemy", "sql"),
+    ],
+)
+def test_a_missing_extra_is_named(url: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("redis", "sql"):
+        monkeypatch.delitem(sys.modules, f"atproto_session.stores.{name}", raising=False)
+    with pytest.raises(StoreError, match=rf"pip install 'atproto-session\[{extra}\]'") as caught:
+        open_store(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_store_on_a_server_gets_the_url_and_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        @staticmethod
+        def RedisStore(url: str, *, encryption_keys: object) -> object:
+            return url, encryption_keys
+
+    monkeypatch.setattr(importlib, "import_module", lambda name, package: Module)
+    assert open_store("redis://host/0", encryption_keys=[KEY]) == ("redis://host/0", [KEY])  # type: ignore[comparison-overlap]
+
+
+def test_an_unusable_place_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for url in (f"json:///{tmp_path}/file", f"json:///{tmp_path}/file/dir", f"sqlite:///{tmp_path}/file/x.db"):
+        with pytest.raises(StoreError, match="that this user may write to"):
+            open_store(url)
+    with pytest.raises(StoreError):
+        open_store(f"sqlite:///{tmp_path}")
+
+
+def test_a_place_without_permission_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Permissions do not bind an administrator, as whom tests may run, so the refusal is made.
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    monkeypatch.setattr(os, "fdopen", refuse)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    for url in (f"json:///{tmp_path}/dir", f"sqlite:///{tmp_path}/x.db"):
+        with pytest.raises(StoreError, match=r"Permission denied.*that this user may write to"):
+            open_store(url)
+
+
+def test_importing_brings_nothing_heavy_along() -> None:
+    # Without the package's own __init__, which needs more than its stores do.
+    script = """
+import importlib.util, sys, types
+package = types.ModuleType("atproto_session")
+package.__path__ = importlib.util.find_spec("atproto_session").submodule_search_locations
+sys.modules["atproto_session"] = package
+import atproto_session.stores
+print([name for name in ("filelock", "cryptography", "redis", "sqlalchemy") if name in sys.modules])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == "[]"
+
+
+# Memory
+
+
+def test_the_memory_store_forgets_what_was_not_used_for_longest() -> None:
+    store = MemoryStore[int](max_entries=2)
+    store.set("a", 1)
+    store.set("b", 2)
+    assert store.get("a") == 1
+    store.set("c", 3)
+    assert store.get("b") is None
+    assert sorted(store) == ["a", "c"]
+    store.set("a", 4)
+    store.set("d", 5)
+    assert sorted(store) == ["a", "d"]
+    for useless in (0, -1):
+        with pytest.raises(ValueError, match="max_entries"):
+            MemoryStore[int](useless)
+
+
+# Records
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., FullStore]]:
+    """Opens the same store each time, with the encryption keys that are given."""
+    stores = []
+
+    def open_(*keys: str | bytes) -> FullStore:
+        stores.append(open_store(f"{request.param}:///{tmp_path}/place", encryption_keys=keys))
+        return stores[-1]
+
+    yield open_
+    for store in stores:
+        store.close()
+
+
+def raw_records(tmp_path: Path) -> bytes:
+    """Everything that is on the disk."""
+    return b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_encrypted_records_show_nothing(opened: Callable[..., FullStore], tmp_path: Path) -> None:
+    store = opened(KEY)
+    store.set(DID, make_session())
+    store.logins.put("the-state", {"verifier": "the-verifier"}, LATER)
+    assert not {
+        word for word in (b"refresh-1", b"access-1", b"d" * 43, b"the-verifier") if word in raw_records(tmp_path)
+    }
+
+
+def test_keys_rotate_without_downtime(opened: Callable[..., FullStore], tmp_path: Path) -> None:
+    plain, old, both, new = opened(), opened(KEY.decode()), opened(NEW_KEY, KEY), opened(NEW_KEY)
+    plain.set(DID, make_session("1"))
+    assert old.get(DID) == make_session("1")
+    assert old.replace(DID, make_session("2"), make_session("1").token_set)
+    assert both.get(DID) == make_session("2")
+    with pytest.raises(StoreError, match=rf"session of {DID} .*encrypted, and there are no encryption_keys"):
+        plain.get(DID)
+    with pytest.raises(StoreError, match=rf"session of {DID} .*none of the encryption_keys opens it"):
+        new.get(DID)
+    assert rotate_encryption(both) == 1
+    assert new.get(DID) == make_session("2")
+    with pytest.raises(StoreError):
+        old.get(DID)
+
+
+def test_a_login_outlives_a_worker_without_its_key(opened: Callable[..., FullStore]) -> None:
+    opened(KEY).logins.put("state", {"verifier": "v"}, LATER)
+    for other in (opened(), opened(NEW_KEY)):
+        with pytest.raises(StoreError, match="log-in cannot be read"):
+            other.logins.take("state")
+    assert opened(NEW_KEY, KEY).logins.take("state") == {"verifier": "v"}
+
+
+def test_rotation_goes_on_and_names_what_it_could_not_read(opened: Callable[..., FullStore], tmp_path: Path) -> None:
+    opened(KEY).set(f"{DID}#lost", make_session("lost"))
+    opened().set(DID, make_session("1"))
+    rotating = opened(NEW_KEY)
+    with pytest.raises(StoreError, match=rf"1 sessions were encrypted again, 1 were not: .*{DID}#lost") as caught:
+        rotate_encryption(rotating)
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    with pytest.raises(StoreError):
+        opened().get(DID)
+    assert opened(NEW_KEY).get(DID) == make_session("1")
+
+
+def test_rotation_waits_for_a_refresh_under_way(opened: Callable[..., FullStore]) -> None:
+    opened().set(DID, make_session("1"))
+    store = opened(KEY)
+    with store.locks.hold(DID, timeout=0), pytest.raises(StoreError, match="0 sessions") as caught:
+        rotate_encryption(store, timeout=0)
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    assert isinstance(caught.value.__cause__.exceptions[0], LockTimeoutError)
+
+
+def test_rotation_keeps_what_comes_in_between() -> None:
+    class Busy(MemoryStore[Session]):
+        """Somebody logs in again just before the first write, and one account logs out."""
+
+        busy = True
+
+        def get(self, key: str) -> Session | None:
+            session = super().get(key)
+            if self.busy and key == DID:
+                self.busy = False
+                self.set(DID, make_session("newer"))
+            if key == "gone":
+                self.delete("gone")
+                return None
+            return session
+
+    store = Busy()
+    store.set(DID, make_session("1"))
+    store.set("gone", make_session("2"))
+    assert rotate_encryption(store) == 1
+    assert store.get(DID) == make_session("newer")
+
+
+def test_a_long_list_of_failures_is_cut(tmp_path: Path) -> None:
+    for number in range(25):
+        JSONStore(tmp_path, encryption_keys=KEY).set(f"{DID}#{number}", make_session())
+    with pytest.raises(StoreError, match=r"25 were not: .*; \.\.\.$") as caught:
+        rotate_encryption(JSONStore(tmp_path, encryption_keys=NEW_KEY))
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    assert len(caught.value.__cause__.exceptions) == 25
+
+
+@pytest.mark.parametrize("keys", [["short"], [b"x" * 44], "hunter2", [None], [KEY, "hunter2"]])
+def test_what_is_not_a_fernet_key_is_refused_and_not_shown(keys: Any) -> None:
+    with pytest.raises(StoreError, match="not a Fernet key") as caught:
+        Codec(keys)
+    assert "hunter2" not in str(caught.value)
+
+
+def document(**own: object) -> bytes:
+    members = to_document(DID, make_session())
+    members["atprotoSession"] |= own
+    return json.dumps(members).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "empty"),
+        (b"\x00" * 200, "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b"null", "not a JSON object"),
+        (b"[]", "not a JSON object"),
+        (b"{}", "tokenSet is not a JSON object"),
+        (document()[:-1], "damaged"),
+        (document(version=2), "later release"),
+        (document(version=10**400), "version is not a finite number"),
+        (document(key="did:plc:other"), "another key"),
+        (Fernet(NEW_KEY).encrypt(document()), "none of the encryption_keys"),
+        (Fernet(KEY).encrypt(document())[:-1], "none of the encryption_keys"),
+        (Fernet(KEY).encrypt(document(key="did:plc:other")), "another key"),
+        (Fernet(KEY).encrypt(b"secret-garbage"), "damaged"),
+    ],
+)
+def test_a_record_that_cannot_be_read_says_whose_and_why_and_nothing_else(data: bytes, why: str) -> None:
+    with pytest.raises(StoreError, match=rf"the session of {DID} cannot be read: .*{why}") as caught:
+        Codec([KEY]).decode(DID, data)
+    assert caught.value.__cause__ is None
+    assert not {word for word in ("access-1", "refresh-1", "secret") if word in str(caught.value)}
+
+
+def test_a_hostile_key_is_shown_short_and_printable() -> None:
+    with pytest.raises(StoreError) as caught:
+        Codec().decode("did:\n\x1b[31m" + "x" * 5000, b"")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        replace(make_session(), token_set=replace(make_session().token_set, scope="")),
+        replace(make_session(), dpop_key={"kty": object()}),
+        replace(make_session(), refreshed_at=float("nan")),
+        replace(make_session(), attempt=Attempt("", "host:1", 1.0, 2.0)),
+    ],
+    ids=["no scope", "not JSON", "not a number", "no attempt id"],
+)
+def test_what_could_not_be_read_back_is_not_written(session: Session, tmp_path: Path) -> None:
+    for store in (JSONStore(tmp_path / "json"), SQLiteStore(tmp_path / "sessions.db")):
+        store.set(DID, make_session("old"))
+        with pytest.raises(StoreError, match=f"session of {DID} cannot be stored"):
+            store.set(DID, session)
+        with pytest.raises(StoreError):
+            store.replace(DID, session, make_session("old").token_set)
+        assert store.get(DID) == make_session("old")
+        with pytest.raises(StoreError, match="log-in cannot be stored"):
+            store.logins.put("state", {"not JSON": object()}, LATER)
+        store.close()
+
+
+def test_a_record_that_has_not_changed_is_decoded_once_and_others_make_room() -> None:
+    codec = Codec()
+    data = codec.encode(DID, make_session())
+    first = codec.decode(DID, data)
+    assert codec.decode(DID, bytes(bytearray(data))) is first
+    changed = codec.encode(DID, make_session("2"))
+    assert codec.decode(DID, changed) == make_session("2")
+    for number in range(3000):
+        codec.decode(f"did:{number}", codec.encode(f"did:{number}", make_session()))
+    assert len(codec._decoded) <= 1024
+    assert codec.decode(DID, data) == make_session()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"state": "other", "expiresAt": LATER, "login": {}},
+        {"state": "s", "login": {}},
+        {"state": "s", "expiresAt": LATER},
+    ],
+)
+def test_a_login_record_of_something_else(record: dict[str, object]) -> None:
+    with pytest.raises(StoreError, match="not the record of this log-in"):
+        Codec().decode_login("s", json.dumps(record).encode(), 0.0)
+
+
+# JSON files
+
+
+def test_json_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        store = JSONStore(tmp_path / "store")
+        store.set(DID, make_session())
+        store.logins.put("state", {}, LATER)
+    finally:
+        os.umask(old)
+    for path in [tmp_path / "store", *(tmp_path / "store").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_json_file_names_work_on_every_file_system(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    for key in HOSTILE_KEYS:
+        store.set(key, make_session())
+    names = [path.name for path in (tmp_path / "sessions").iterdir()]
+    assert len({name.lower() for name in names}) == len(HOSTILE_KEYS)
+    assert all(name.isascii() and len(name) <= 220 and not name.startswith(".") for name in names)
+    assert not {name for name in names if name.partition(".")[0].lower() in ("con", "nul")}
+    assert not {name for name in names if set(name) & set('/\\:*?"<>| ')}
+
+
+def test_json_is_written_in_full_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        calls.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    move = Path.replace
+
+    def recorded_move(source: Path, target: Path) -> Path:
+        calls.append("replace")
+        return move(source, target)
+
+    store = JSONStore(tmp_path)
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "replace", recorded_move)
+    store.set(DID, make_session())
+    assert calls == ["file", "replace", "directory"]
+    calls.clear()
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    store.set(DID, make_session("2"))
+    assert calls == ["file", "replace"]
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session("1"))
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreError, match="No space left"):
+        store.replace(DID, make_session("2"), make_session("1").token_set)
+    monkeypatch.undo()
+    assert store.get(DID) == make_session("1")
+
+
+def test_what_killed_writers_left_is_removed_and_what_live_ones_write_is_not(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session())
+    (file,) = (tmp_path / "sessions").iterdir()
+    dead = tmp_path / "writing" / f"{file.name}.0123abcd"
+    dead_login = tmp_path / "writing" / f"{'0' * 64}.login.0123abcd"
+    live = tmp_path / "writing" / "did%3Aplc%3Alive.json.0123abcd"
+    for path in (dead, dead_login, live):
+        path.write_bytes(b"{")
+    with FileLocks(tmp_path / "locks" / "writing", stripes=256).hold("sessions/did%3Aplc%3Alive.json", timeout=0):
+        JSONStore(tmp_path)
+        assert sorted((tmp_path / "writing").iterdir()) == [live]
+    JSONStore(tmp_path)
+    assert list((tmp_path / "writing").iterdir()) == []
+    assert store.get(DID) == make_session()
+
+
+def test_an_account_that_is_being_written_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JSONStore(tmp_path)
+    monkeypatch.setattr(jsonfile, "_WRITE_TIMEOUT", 0.0)
+    with FileLocks(tmp_path / "locks" / "writing", stripes=1).hold("x", timeout=0):
+        pass
+    with store._files.writing(jsonfile._path_of(DID)):
+        for write in (
+            lambda: store.set(DID, make_session()),
+            lambda: store.delete(DID),
+            lambda: store.replace(DID, make_session(), None),
+        ):
+            with pytest.raises(StoreError, match="being written all the time") as caught:
+                write()
+            assert caught.value.retryable
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_an_emptied_file_is_an_error(tmp_path: Path, content: bytes) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session())
+    (file,) = (tmp_path / "sessions").iterdir()
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match=DID):
+        store.get(DID)
+
+
+def test_what_is_in_the_place_of_a_file_is_an_error(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session())
+    (file,) = (tmp_path / "sessions").iterdir()
+    file.unlink()
+    file.mkdir()
+    for failing in (
+        lambda: store.get(DID),
+        lambda: store.set(DID, make_session()),
+        lambda: store.replace(DID, make_session(), None),
+        lambda: store.delete(DID),
+    ):
+        with pytest.raises(StoreError):
+            failing()
+
+
+def test_a_vanished_json_directory_is_an_error(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path / "store")
+    store.set(DID, make_session())
+    shutil.rmtree(tmp_path / "store")
+    for failing in (
+        lambda: store.get(DID),
+        lambda: store.set(DID, make_session()),
+        lambda: store.delete(DID),
+        lambda: list(store),
+        store.clear,
+        lambda: store.logins.take("state"),
+        lambda: store.logins.put("state", {}, LATER),
+    ):
+        with pytest.raises(StoreError, match="that this user may write to"):
+            failing()
+
+
+def test_files_that_belong_to_nobody_are_named_after_the_others(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session())
+    store.set("x" * 300, make_session())
+    store.set("y" * 300, make_session())
+    hashed, other = sorted((tmp_path / "sessions").glob("%sha256*"))
+    hashed.write_bytes(b"{}")
+    (tmp_path / "sessions" / "Copy of it.json").write_bytes(b"{}")
+    (tmp_path / "sessions" / "%FF.json").write_bytes(b"{}")
+    with pytest.raises(StoreError, match="whose sessions these are") as caught:
+        list(store)
+    listing = iter(store)
+    assert {next(listing), next(listing)} > {DID}
+    assert all(name in str(caught.value) for name in ("Copy of it.json", "%FF.json", hashed.name))
+    with pytest.raises(StoreError, match="2 sessions were encrypted again, 1 were not"):
+        rotate_encryption(store)
+    hashed.write_bytes(other.read_bytes())
+    with pytest.raises(StoreError, match=hashed.name):
+        list(store)
+
+
+def test_a_file_that_goes_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JSONStore(tmp_path)
+    store.set("x" * 300, make_session())
+    monkeypatch.setattr(store._files, "read", lambda path: None)
+    assert list(store) == []
+
+
+def test_expired_logins_are_removed_from_the_disk(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    for number in range(63):
+        store.logins.put(f"old-{number}", {}, EARLIER)
+    store.logins.put("live", {}, LATER)
+    store.logins.put("new", {}, LATER)
+    assert len(list((tmp_path / "logins").iterdir())) == 2
+    assert store.logins.take("live") == {}
+
+
+# SQLite
+
+
+def test_sqlite_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        with closing(SQLiteStore(tmp_path / "new" / "sessions.db")) as store:
+            store.set(DID, make_session())
+            files = [path for path in (tmp_path / "new").iterdir() if path.is_file()]
+            assert {path.name for path in files} == {"sessions.db", "sessions.db-wal", "sessions.db-shm"}
+            assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+            assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+            assert (tmp_path / "new" / "sessions.db.locks").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(old)
+
+
+def test_sqlite_survives_a_power_failure(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        connection = store._database._connections.borrow()
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        store._database._connections.give_back(connection)
+
+
+@pytest.mark.parametrize("path", ["", ":memory:"])
+def test_sqlite_needs_a_file(path: str) -> None:
+    with pytest.raises(StoreError, match=r'open_store\("memory:"\)'):
+        SQLiteStore(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is no database, but a text of some length" * 10, b"SQLite format 3\0" + b"\xff" * 4096]
+)
+def test_what_is_not_a_database_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(StoreError, match=r"file of something else, or damaged|is damaged"):
+        SQLiteStore(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_damaged_database_is_an_error(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        for number in range(200):
+            store.set(f"{DID}#{number}", make_session())
+    data = (tmp_path / "sessions.db").read_bytes()
+    (tmp_path / "sessions.db").write_bytes(data[:4096] + b"\x5a" * (len(data) - 4096))
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        for failing in (lambda: store.get(f"{DID}#1"), lambda: list(store), lambda: store.set(DID, make_session())):
+            with pytest.raises(StoreError, match="damaged; restore it from a backup") as caught:
+                failing()
+            assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+def test_a_database_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "sessions.db")
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    with pytest.raises(StoreError, match="version 2, not 1"):
+        SQLiteStore(tmp_path / "sessions.db")
+    with pytest.raises(StoreError, match="version 2, not 1"):
+        store.get(DID)
+    store.close()
+
+
+def test_a_database_that_another_process_keeps_locked(tmp_path: Path) -> None:
+    with (
+        closing(SQLiteStore(tmp_path / "sessions.db", busy_timeout=0.0)) as store,
+        closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as other,
+    ):
+        store.set(DID, make_session())
+        other.execute("BEGIN IMMEDIATE")
+        assert store.get(DID) == make_session()
+        with pytest.raises(StoreError, match=r"locked\): another process keeps it locked; try again later") as caught:
+            store.set(DID, make_session("2"))
+        assert caught.value.retryable
+        other.execute("ROLLBACK")
+        store.set(DID, make_session("2"))
+
+
+def test_two_processes_that_create_it_wait_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=0):
+        with pytest.raises(StoreError, match="being opened by other processes") as caught:
+            SQLiteStore(path, busy_timeout=0.0)
+        assert caught.value.retryable
+    SQLiteStore(path).close()
+
+
+def test_a_place_without_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            return super().execute("SELECT 'delete'" if "journal_mode" in sql else sql, *arguments)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs))
+    with pytest.raises(StoreError, match="WAL mode does not work"):
+        SQLiteStore(tmp_path / "sessions.db")
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+def test_a_database_file_that_goes_is_an_error(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "sessions.db"
+    with closing(SQLiteStore(path)) as store:
+        store.set(DID, make_session())
+        path.rename(tmp_path / "moved.db")
+        if what == "replaced":
+            SQLiteStore(path).close()
+        for failing in (
+            lambda: store.get(DID),
+            lambda: store.set(DID, make_session()),
+            lambda: store.replace(DID, make_session("2"), make_session().token_set),
+            lambda: list(store),
+            lambda: store.logins.take("state"),
+        ):
+            with pytest.raises(StoreError, match=r"No such file|was replaced while it was in use"):
+                failing()
+        assert path.exists() == (what == "replaced")
+
+
+def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "sessions.db")
+    borrowed = store._database._connections.borrow()
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="the store is closed"):
+        store.get(DID)
+    store._database._connections.give_back(borrowed)
+    with pytest.raises(sqlite3.ProgrammingError):
+        borrowed.execute("SELECT 1")
+    assert not (tmp_path / "sessions.db-wal").exists()
+
+
+def test_a_store_that_is_dropped_closes_its_connections(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = SQLiteStore(tmp_path / "sessions.db")
+        store.set(DID, make_session())
+        assert (tmp_path / "sessions.db-wal").exists()
+        del store
+        gc.collect()
+    assert not (tmp_path / "sessions.db-wal").exists()
+
+
+def test_connections_are_shared_and_few_stay_open(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        connections = store._database._connections
+        borrowed = [connections.borrow() for _ in range(20)]
+        assert len(set(borrowed)) == 20
+        for connection in borrowed:
+            connections.give_back(connection)
+        assert len(connections._idle) == 8
+        assert connections.borrow() in borrowed
+        connections.give_back(borrowed[0])
+
+
+def test_an_interrupted_write_is_rolled_back(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        store.set(DID, make_session())
+
+        def interrupted(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM sessions")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store._database.write(interrupted)
+        assert store.get(DID) == make_session()
+        store.set(DID, make_session("2"))
+
+
+def test_listing_goes_page_by_page(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        data = store._codec.encode("", make_session())
+        store._database.write(
+            lambda connection: connection.executemany(
+                "INSERT INTO sessions VALUES (?, ?)", ((f"key-{number:04}", data) for number in range(2500))
+            )
+        )
+        assert list(store) == [f"key-{number:04}" for number in range(2500)]
+
+
+def test_expired_logins_are_removed_from_the_database(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        store.logins.put("old", {}, EARLIER)
+        store.logins.put("new", {}, LATER)
+        assert store._database.read("SELECT state FROM logins", ()) == [("new",)]
