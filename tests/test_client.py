@@ -441,7 +441,7 @@ def test_tokens_are_opaque_and_live_as_long_as_the_server_says(
     expires_in: int | None, network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:
     # A JWT that says that it expired in 2001, of another account.
-    lie = jwt.encode({"exp": 1_000_000_000, "sub": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, None, algorithm="none")
+    lie = jwt.encode({"exp": 1_000_000_000, "sub": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, "", algorithm="none")
 
     body: dict[str, object] = {
         "access_token": lie,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -402,6 +403,11 @@ def test_a_pause_that_fails_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_child(lambda: True)
     assert in_child(lambda: True)
     assert events == ["pause it", "resume it"] * 2
+
+
+def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "register_at_fork")
+    assert "reset_in_child" in runpy.run_path(fork.__file__)
 
 
 def test_json_stores_need_no_pause(tmp_path: Path) -> None:
