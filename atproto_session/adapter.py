@@ -37,6 +37,9 @@ from .urls import is_public_address, is_public_or_loopback
 
 T = TypeVar("T")
 
+#: What the threads of :func:`spawn` are called.
+LOOKUP_THREAD = "atproto_session lookup"
+
 
 @dataclass(frozen=True)
 class Network:
@@ -84,15 +87,14 @@ class Exchange:
         self.sent = False
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self._bytes_left = max_bytes
-        self._token: Token[Exchange | None] | None = None
+        self._outside: Token[Exchange | None]
 
     def __enter__(self) -> Exchange:
-        self._token = _current_exchange.set(self)
+        self._outside = _current_exchange.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._token is not None:
-            _current_exchange.reset(self._token)
+        _current_exchange.reset(self._outside)
 
     def count(self, received: int) -> None:
         if self._bytes_left is not None:
@@ -312,7 +314,7 @@ def spawn(work: Callable[[], T]) -> Future[T]:
             future.set_result(result)
 
     try:
-        threading.Thread(target=run, name="atproto_session lookup", daemon=True).start()
+        threading.Thread(target=run, name=LOOKUP_THREAD, daemon=True).start()
     except RuntimeError as error:
         raise TransportError("no thread can be started to look names up in; nothing was sent") from error
     return future

@@ -65,9 +65,11 @@ class SharedGetter(Generic[V]):
         *,
         timeout: float | None,
         cancel: threading.Event | None,
-        lock_timeout: float | None = None,
+        at_once: bool = False,
     ) -> V:
         """Lock, look again, fetch: the value for ``key`` that ``is_good``, or a new one.
+
+        :param at_once: wait for nobody else: raise :exc:`LockTimeoutError` if another has the lock.
 
         Whoever finds another's fetch under way takes its result. If that failed, the error was its own caller's, and
         this one looks and tries for itself.
@@ -75,7 +77,7 @@ class SharedGetter(Generic[V]):
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
 
         def work(flight: Flight[V]) -> V:
-            patience = max(0.0, deadline - time.monotonic()) if lock_timeout is None else lock_timeout
+            patience = 0.0 if at_once else max(0.0, deadline - time.monotonic())
             with self._locks.hold(key, timeout=patience, cancel=flight.abandoned) as hold:
                 stored = self._cache.get(key)
                 if is_good(stored):
@@ -86,6 +88,8 @@ class SharedGetter(Generic[V]):
 
         while True:
             flight, own = self._flights.board(key, work)
+            if at_once and not own:
+                raise LockTimeoutError(f"{key} is being fetched by another thread")
             self._wait(flight, deadline, cancel, own=own)
             if own or (flight.succeeded and flight.fetched):
                 return flight.result()

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from .cached_getter import SharedGetter
 from .errors import (
+    CancelledError,
     LockTimeoutError,
     OAuthResponseError,
     RefreshInterruptedError,
@@ -164,14 +165,14 @@ class SessionGetter(SharedGetter[Session]):
             return seen
         if refresh is True or rejected is not None or self._freshness.is_expired(seen.token_set):
             return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel)
-        if self._flights.under_way(sub) or self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
+        if self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
             return seen
         try:
-            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel, lock_timeout=0.0)
+            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel, at_once=True)
         except SessionError as error:
             if error.login_required or self._freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
                 raise
-            _log.info("%s was not refreshed ahead of time: %s", sub, error)
+            _log.debug("%s was not refreshed ahead of time: %s", sub, error)
             return seen
 
     def get_stored(self, sub: str) -> Session | None:
@@ -208,14 +209,16 @@ class SessionGetter(SharedGetter[Session]):
         attempted = session.with_attempt(self._new_attempt(session))
         if not self._store.replace(key, attempted, session.token_set):
             return self._newer(key, session)
+        current = self._store.get(key)
+        if current is None or current.attempt != attempted.attempt:
+            return self._newer(key, session)
+        # Last of all, so that nothing that takes time lies between this and the request. If it fails, the attempt
+        # stays: it may stand in the place of the one of whoever holds the lock now.
+        if not hold.extend(self._authority.answer_within + _STORE_WITHIN):
+            raise LockTimeoutError(f"the lock of {key} was lost to somebody else; try again")
         try:
-            if not hold.extend(self._authority.answer_within + _STORE_WITHIN):
-                raise LockTimeoutError(f"the lock of {key} was lost to somebody else; try again")
-            current = self._store.get(key)
-            if current is None or current.attempt != attempted.attempt:
-                return self._newer(key, session)
             flight.commit()
-        except SessionError:
+        except CancelledError:
             self._leave(key, attempted, session.attempt)
             raise
 

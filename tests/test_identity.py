@@ -15,6 +15,7 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atproto_session.adapter import LOOKUP_THREAD
 from atproto_session.errors import ClientMetadataError, IdentityError, LockTimeoutError
 from atproto_session.identity import (
     Identity,
@@ -292,7 +293,6 @@ class World:
     web: Web
     names: NameServer
     transport: Transport
-    port: int
 
     def resolver(self, **options: Any) -> IdentityResolver:
         resolver = dns.resolver.Resolver(configure=False)
@@ -326,7 +326,11 @@ def world(_certificates: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with ScriptedServer(web.script, tls=context) as server:
         network = network_to(server.port, {"inside.example.com": "127.0.0.2"}, blocked="127.0.0.2")
         transport = Transport(ca_bundle=str(tmp_path / "ca.pem"), network=network)
-        yield World(web, names, transport, server.port)
+        yield World(web, names, transport)
+        # A look-up that was not needed any more may still be under way.
+        for thread in threading.enumerate():
+            if thread.name == LOOKUP_THREAD:
+                thread.join(GENEROUS)
     names.close()
 
 

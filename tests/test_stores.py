@@ -15,8 +15,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,26 @@ def test_a_session_error_of_a_store_stays_itself() -> None:
 def test_a_store_that_holds_something_else_than_sessions() -> None:
     with pytest.raises(StoreError, match=f"dict for {DID} instead of a Session"):
         complete({DID: {"tokenSet": {}}}).get(DID)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("store", [MemoryStore[Session](), complete({}), complete(OwnStore())], ids=repr)
+def test_nothing_comes_between_the_comparison_and_the_write(store: FullStore) -> None:
+    together = threading.Barrier(2)
+
+    class SlowTokens(TokenSet):
+        """Comparing them takes until two do, or until it is clear that the second one has to wait."""
+
+        def has_same_tokens(self, other: TokenSet) -> bool:
+            with suppress(threading.BrokenBarrierError):
+                together.wait(0.2)
+            return super().has_same_tokens(other)
+
+    tokens = make_session("old").token_set
+    slow = SlowTokens(**{field.name: getattr(tokens, field.name) for field in fields(tokens)})
+    store.set(DID, replace(make_session("old"), token_set=slow))
+    with ThreadPoolExecutor(2) as threads:
+        won = list(threads.map(lambda name: store.replace(DID, make_session(name), tokens), "ab"))
+    assert sorted(won) == [False, True]
 
 
 # Opening

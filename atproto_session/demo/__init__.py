@@ -88,7 +88,7 @@ def broken_promises(outcome: Outcome) -> list[str]:
     figures, tokens = outcome.figures, outcome.tokens
     broken = []
     if (failure := figures.first_failure) is not None:
-        broken.append(f"{len(figures.failures)} requests failed, the first with {failure.message}")
+        broken.append(f"{len(figures.failures)} failures, the first: {failure.message}")
     if not figures.served:
         broken.append("no request was served")
     if tokens.spent_twice:
@@ -129,11 +129,11 @@ def _rows(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def _obituary(outcome: Outcome) -> str:
-    failure = outcome.figures.first_failure
+    failure, served = outcome.figures.first_failure, outcome.figures.served
     if failure is None:
         return "  It survived by luck. Run it again."
     spent = "a refresh token was spent twice" if outcome.tokens.spent_twice else "no refresh token was spent twice"
     return (
-        f"  The session died after {failure.at:.1f} seconds and {outcome.figures.served:,} requests: {spent}.\n"
+        f"  The session died after {failure.at:.1f} seconds under load and {served:,} requests: {spent}.\n"
         f"  What users see: {failure.message}"
     )

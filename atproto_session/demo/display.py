@@ -46,12 +46,12 @@ def _live(seconds: float) -> Iterator[Show]:
 
 
 def _lines() -> Show:
-    shown_until = 0.0
+    shown = 0
 
     def show(passed: float, figures: Figures, tokens: Tokens) -> None:
-        nonlocal shown_until
-        if passed >= shown_until + 1.0:
-            shown_until = passed
+        nonlocal shown
+        if int(passed) > shown:
+            shown = int(passed)
             moving = ", ".join(f"{name} {value}" for name, value in _moving(figures, tokens))
             print(f"  {passed:3.0f} s: {moving}", flush=True)
 

@@ -52,7 +52,7 @@ class FileLocks:
             # to refuse a file system without flock, where there is no lock that ends with its holder.
             lock = FileLock(path, mode=0o600, thread_local=False, preserve_lock_file=True, on_acquired=hold.remember)
             try:
-                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(self._directory)
                 lock.acquire(
                     timeout=max(0.0, deadline - time.monotonic()),
                     poll_interval=_POLL,
@@ -78,6 +78,14 @@ class FileLocks:
     def _stripe_of(self, name: str) -> str:
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
         return f"{int.from_bytes(digest[:8]) % self._stripes:04x}.lock"
+
+
+def make_private(directory: Path) -> None:
+    """Make ``directory`` where it is missing, and its parents, all for their owner alone: ``Path.mkdir`` makes the
+    parents for everybody."""
+    if not directory.is_dir():
+        make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 class _FileHold:

@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
+from ..locks.files import make_private
 from ..session import Session, TokenSet
 from .document import Codec, EncryptionKeys
 from .memory import holds
@@ -156,7 +157,7 @@ class _Files:
         self._locks = FileLocks(directory / "locks" / "writing", stripes=256)
         with self._failures("made"):
             for name in ("sessions", "logins", "writing"):
-                (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(directory / name)
         probe = f"sessions/.{secrets.token_hex(8)}.probe"
         with self.writing(probe):
             self.write(probe, b"")

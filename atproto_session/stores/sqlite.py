@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
+from ..locks.files import make_private
 from ..session import Session, TokenSet
 from .connections import Connections
 from .document import Codec, EncryptionKeys
@@ -154,7 +155,7 @@ class _Database:
         self.path = str(path)
         self.locks = FileLocks(f"{path}.locks")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(path.parent)
             # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
             with FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=busy_timeout):
                 _create(path)

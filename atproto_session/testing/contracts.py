@@ -13,9 +13,8 @@ ask for an *opener*: a function without arguments that opens the same place each
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from typing import Any, TypeVar
 import pytest
 
 from ..errors import CancelledError, LockTimeoutError, StoreError
-from ..locks import Hold, LockKind, Locks
+from ..locks import LockKind, Locks
 from ..session import Attempt, ClientAuthMethod, Session, TokenSet
 from ..stores import FullStore
 
@@ -276,8 +275,13 @@ class StoreContract:
 
     def test_of_many_threads_one_takes_a_login(self, store: FullStore) -> None:
         for lap in range(10):
-            store.logins.put(f"state-{lap}", {"lap": lap}, _LATER)
-            taken = _at_once(lambda name, lap=lap: store.logins.take(f"state-{lap}"), "abcdefgh")
+            state = f"state-{lap}"
+            store.logins.put(state, {"lap": lap}, _LATER)
+
+            def take(name: str, state: str = state) -> dict[str, Any] | None:
+                return store.logins.take(state)
+
+            taken = _at_once(take, "abcdefgh")
             assert [login for login in taken if login is not None] == [{"lap": lap}]
 
     def test_an_unreadable_record_is_an_error_and_not_an_absence(self, store: FullStore) -> None:
@@ -355,15 +359,32 @@ class SharedStoreContract(StoreContract):
             store.set(key, make_session("old"))
             store.logins.put(key, {"key": key}, _LATER)
         with (
-            _process(_compete, self.opener(tmp_path), "first", keys) as first,
-            _process(_compete, self.opener(tmp_path), "second", keys) as second,
+            _Process(_compete, self.opener(tmp_path), "first", keys) as first,
+            _Process(_compete, self.opener(tmp_path), "second", keys) as second,
         ):
-            _all_ready(first, second)
-            (won_first, took_first), (won_second, took_second) = _receive(first), _receive(second)
+            for process in (first, second):
+                assert process.receive() == "ready"
+            for process in (first, second):
+                process.send("go")
+            (won_first, took_first), (won_second, took_second) = first.receive(), second.receive()
         assert sorted(won_first + won_second) == sorted(keys)
         assert sorted(took_first + took_second) == sorted(keys)
         for key in keys:
             assert store.get(key) == make_session("first" if key in won_first else "second")
+
+    def test_a_killed_writer_leaves_a_whole_record_and_nothing_locked(self, tmp_path: Path) -> None:
+        for _ in range(3):
+            with _Process(_write_for_ever, self.opener(tmp_path)) as writer:
+                assert writer.receive() == "writing"
+                writer.kill()
+            store = self.opener(tmp_path)()
+            try:
+                session = store.get(DID)
+                assert session is not None
+                assert store.replace(DID, make_session("next"), session.token_set)
+                assert store.get(DID) == make_session("next")
+            finally:
+                store.close()
 
 
 class LocksContract:
@@ -381,6 +402,7 @@ class LocksContract:
 
     def test_one_at_a_time(self, locks: Locks) -> None:
         inside: list[str] = []
+        pause = threading.Event()
         most = 0
 
         def work(name: str) -> None:
@@ -388,6 +410,7 @@ class LocksContract:
             for _ in range(10):
                 with locks.hold(DID, timeout=_SOON):
                     inside.append(name)
+                    pause.wait(0.001)  # so that whoever can get in does
                     most = max(most, len(inside))
                     inside.remove(name)
 
@@ -491,20 +514,20 @@ class SharedLocksContract(LocksContract):
         _take(other, DID)
 
     def test_another_process_is_excluded(self, locks: Locks, tmp_path: Path) -> None:
-        with _process(_hold_until_told, self.opener(tmp_path)) as holder:
-            assert _receive(holder) == "held"
+        with _Process(_hold_until_told, self.opener(tmp_path)) as holder:
+            assert holder.receive() == "held"
             with pytest.raises(LockTimeoutError):
                 _take(locks, DID)
             holder.send("release")
-            assert _receive(holder) == "released"
+            assert holder.receive() == "released"
             _take(locks, DID)
 
     def test_the_lock_of_a_killed_process_is_free(self, locks: Locks, tmp_path: Path) -> None:
         if locks.kind is not LockKind.HOLDER:
             return
-        with _process(_hold_until_told, self.opener(tmp_path)) as holder:
-            assert _receive(holder) == "held"
-            holder.send("die")
+        with _Process(_hold_until_told, self.opener(tmp_path)) as holder:
+            assert holder.receive() == "held"
+            holder.kill()
             _take(locks, DID, timeout=_SOON)
 
 
@@ -548,33 +571,33 @@ def _held_elsewhere(locks: Locks, name: str) -> Iterator[None]:
             holder.result(_SOON)
 
 
-@contextmanager
-def _process(work: Callable[..., None], *arguments: object) -> Iterator[Connection]:
-    """``work(connection, *arguments)`` in a process of its own, and the other end of the connection."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(theirs, *arguments))
-    process.start()
-    theirs.close()
-    try:
-        yield ours
-    finally:
-        ours.close()
-        process.join(_SOON)
-        process.kill()
-        process.join()
-        process.close()
+class _Process:
+    """``work(connection, *arguments)`` in a process of its own, at the other end of a connection."""
 
+    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=work, args=(theirs, *arguments))
+        self._process.start()
+        theirs.close()
 
-def _receive(connection: Connection) -> Any:
-    assert connection.poll(_SOON), "the other process does not answer"
-    return connection.recv()
+    def __enter__(self) -> _Process:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+        self._process.join(_SOON)
+        self.kill()
 
-def _all_ready(*connections: Connection) -> None:
-    for connection in connections:
-        assert _receive(connection) == "ready"
-    for connection in connections:
-        connection.send("go")
+    def send(self, message: str) -> None:
+        self._connection.send(message)
+
+    def receive(self) -> Any:
+        assert self._connection.poll(_SOON), "the other process does not answer"
+        return self._connection.recv()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
 def _compete(connection: Connection, opener: Callable[[], FullStore], name: str, keys: list[str]) -> None:
@@ -592,9 +615,16 @@ def _compete(connection: Connection, opener: Callable[[], FullStore], name: str,
     store.close()
 
 
+def _write_for_ever(connection: Connection, opener: Callable[[], FullStore]) -> None:
+    store = opener()
+    for number in itertools.count():
+        store.set(DID, make_session(str(number) * 500))
+        if number == 5:
+            connection.send("writing")
+
+
 def _hold_until_told(connection: Connection, opener: Callable[[], Locks]) -> None:
     with opener().hold(DID, timeout=_SOON):
         connection.send("held")
-        if connection.recv() == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        connection.recv()
     connection.send("released")

@@ -15,7 +15,7 @@ from .accounts import Directory
 from .authorizations import REQUEST_LIFETIME, Authorizations
 from .clients import Client, ClientAuth, Clients
 from .consent import ConsentPage
-from .errors import OAuthError, invalid_client, invalid_grant, invalid_request, invalid_token
+from .errors import OAuthError, invalid_client, invalid_grant, invalid_request
 from .proofs import ProofChecker
 from .routes import Route
 from .sessions import Check, Grant, IssuedTokens, Ledger
@@ -24,6 +24,8 @@ from .wire import Request, Response
 #: Marks a token request whose answer shall carry no refresh token; see :mod:`.faults`.
 NO_REFRESH_TOKEN = "no_refresh_token"  # noqa: S105 - a marker
 
+#: PKCE verifiers have 43 characters or more (RFC 7636 section 4.1).
+_SHORTEST_VERIFIER = 43
 _PAR, _TOKEN, _REVOKE, _AUTHORIZE = "/oauth/par", "/oauth/token", "/oauth/revoke", "/oauth/authorize"
 
 
@@ -122,18 +124,21 @@ class AuthorizationServer:
         )
 
     def _push(self, request: Request) -> Response:
-        form = _form(request, malformed=invalid_request)
+        form = _form(request, invalid_client)
         caller = self._authenticate(request, form)
         request_uri = self._authorizations.push(caller.client, caller.auth, caller.jkt, form)
-        return Response.of_json({"request_uri": request_uri, "expires_in": int(REQUEST_LIFETIME)}, 201)
+        # Whole seconds that are left, of which the first has begun.
+        return Response.of_json({"request_uri": request_uri, "expires_in": int(REQUEST_LIFETIME) - 1}, 201)
 
     def _token(self, request: Request) -> Response:
         if self._latency:
             self._stopped.wait(self._latency)
-        form = _form(request, malformed=invalid_grant, anonymous=invalid_client)
+        form = _form(request, invalid_grant)
         needed = {"authorization_code": "code", "refresh_token": "refresh_token"}.get(form.get("grant_type", ""))
         if needed is None or not form.get(needed):
             raise invalid_grant("Unsupported grant_type, or its parameter is missing")
+        if 0 < len(form.get("code_verifier", "")) < _SHORTEST_VERIFIER:
+            raise invalid_grant("code_verifier too short")  # found before the code is looked at, which stays good
         caller = self._authenticate(request, form)
         with_refresh_token = NO_REFRESH_TOKEN not in request.marks
         if needed == "code":
@@ -164,9 +169,11 @@ class AuthorizationServer:
         )
 
     def _revoke(self, request: Request) -> Response:
-        form = _form(request, malformed=invalid_request)
+        form = _form(request, invalid_request)
         if not form.get("token"):
             raise invalid_request("token is required")
+        if "DPoP" not in request.headers:
+            return Response.of_json({})  # nobody who could have a session to end
         caller = self._authenticate(request, form)
         try:
             self.ledger.revoke(form["token"], _may_use(caller))
@@ -184,18 +191,13 @@ class AuthorizationServer:
         return self._directory.home(did).pds
 
 
-def _form(
-    request: Request,
-    *,
-    malformed: Callable[[str], OAuthError],
-    anonymous: Callable[[str], OAuthError] = invalid_request,
-) -> dict[str, str]:
+def _form(request: Request, refusal: Callable[[str], OAuthError]) -> dict[str, str]:
     try:
         form = request.form
     except ValueError as error:
-        raise malformed(str(error)) from None
+        raise refusal(str(error)) from None
     if not form.get("client_id"):
-        raise anonymous("client_id is required")
+        raise refusal("Client credentials missing")
     return form
 
 
@@ -210,6 +212,8 @@ def _check_same(caller: _Caller, client_id: str, auth: ClientAuth, jkt: str) -> 
     """Raise unless the caller is who it was when the log-in began."""
     if caller.client.id != client_id:
         raise invalid_grant("Token was not issued to this client")
+    if caller.jkt != jkt:
+        raise invalid_grant("DPoP proof does not match the expected JKT")
     # A public client may become confidential, but not the other way round, and no key replaces another.
     if auth.method != "none" and caller.auth != auth:
         raise invalid_grant(
@@ -217,8 +221,6 @@ def _check_same(caller: _Caller, client_id: str, auth: ClientAuth, jkt: str) -> 
             if caller.auth.method == auth.method
             else f"Client authentication method mismatch (expected {auth.method})"
         )
-    if caller.jkt != jkt:
-        raise invalid_token("Invalid DPoP key binding")
 
 
 def _token_response(issued: IssuedTokens) -> dict[str, Any]:

@@ -141,9 +141,9 @@ class Authorizations:
             raise invalid_grant("This code has expired")
         if form.get("redirect_uri") != request.redirect_uri:
             raise invalid_grant("The redirect_uri parameter must match the one used in the authorization request")
-        verifier = form.get("code_verifier", "")
-        if len(verifier) < 43:
-            raise invalid_grant("code_verifier too short" if verifier else "code_verifier is required")
+        verifier = form.get("code_verifier")
+        if verifier is None:
+            raise invalid_grant("code_verifier is required")
         digest = hashlib.sha256(verifier.encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
         if not hmac.compare_digest(challenge, request.code_challenge):
@@ -194,5 +194,5 @@ def _prompt(client: Client, form: Mapping[str, str]) -> str:
     if prompt not in ("", "none", "login", "consent", "select_account", "create"):
         raise invalid_request("Unsupported prompt")
     if prompt == "none" and client.auth_method == "none":
-        raise OAuthError("consent_required", "Public clients are not allowed to use silent-sign-on")
+        raise invalid_request("Public clients are not allowed to use silent-sign-on")
     return prompt

@@ -57,7 +57,7 @@ class ConsentPage:
             request_uri = form["request_uri"]
             if form.get("decision") != "approve":
                 self._authorizations.deny(request_uri, pending.client.id)
-                return self._redirect(pending, error="access_denied", error_description="Access denied")
+                return self._redirect(pending, error="access_denied", error_description="The user rejected the request")
             identifier = form.get("identifier", "").strip().removeprefix("@")
             account = self._directory.log_in(identifier, form.get("password", ""))
             if account is None or self._directory.home(account.did).issuer != self._issuer:

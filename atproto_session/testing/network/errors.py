@@ -23,9 +23,10 @@ class OAuthError(Exception):
         return self.challenge_of("DPoP")
 
     def challenge_of(self, scheme: str) -> str:
-        algorithms = 'algs="ES256", ' if scheme == "DPoP" else ""
-        description = self.description.replace('"', "'")
-        return f'{scheme} {algorithms}error="{self.error}", error_description="{description}"'
+        parameters = {"algs": "ES256"} if scheme == "DPoP" else {}
+        parameters |= {"error": self.error, "error_description": self.description}
+        # The reference server leaves out what it would have to escape.
+        return f"{scheme} " + ", ".join(f'{name}="{value}"' for name, value in parameters.items() if '"' not in value)
 
 
 def invalid_request(description: str) -> OAuthError:

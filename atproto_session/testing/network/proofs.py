@@ -20,9 +20,9 @@ from .errors import invalid_proof, use_nonce
 from .nonces import Nonces, UsedIdentifiers
 from .wire import Request
 
-#: How old a proof may be, and how far ahead the client's clock, in seconds.
+#: How far the client's clock may be off, and how old a proof may be by that clock, in seconds.
+CLOCK_TOLERANCE = 180.0
 MAX_AGE = 10.0
-MAX_AHEAD = 180.0
 
 _jws = jwt.PyJWS()
 
@@ -79,7 +79,7 @@ class ProofChecker:
         self.nonces = nonces
         self._clock = clock
         # A proof must be remembered for as long as its nonce could make it acceptable again.
-        self._used = UsedIdentifiers(MAX_AGE + MAX_AHEAD, clock)
+        self._used = UsedIdentifiers(MAX_AGE + 2 * CLOCK_TOLERANCE, clock)
 
     def check(self, request: Request, access_token: str | None = None) -> str:
         """Check the request's proof and use up its ``jti``.
@@ -93,17 +93,17 @@ class ProofChecker:
         self._check_time(claims.get("iat"))
         jti = claims.get("jti")
         if not isinstance(jti, str) or not jti:
-            raise invalid_proof("DPoP jti missing")
+            raise invalid_proof('DPoP "jti" missing')
         if claims.get("htm") != request.method:
-            raise invalid_proof("DPoP htm mismatch")
+            raise invalid_proof('DPoP "htm" mismatch')
         if claims.get("htu") != request.url:
-            raise invalid_proof("DPoP htu mismatch")
+            raise invalid_proof('DPoP "htu" mismatch')
         self._check_nonce(claims.get("nonce"))
         if access_token is None:
             if "ath" in claims:
-                raise invalid_proof("DPoP ath claim not allowed")
+                raise invalid_proof('DPoP "ath" claim not allowed')
         elif claims.get("ath") != _sha256(access_token):
-            raise invalid_proof("DPoP ath mismatch")
+            raise invalid_proof('DPoP "ath" mismatch')
         if not self._used.use(jti):
             raise invalid_proof("DPoP proof replayed")
         return jkt
@@ -119,7 +119,7 @@ class ProofChecker:
         except jwt.PyJWTError:
             raise invalid_proof("Failed to verify DPoP proof: malformed") from None
         if header.get("typ") != "dpop+jwt":
-            raise invalid_proof("Failed to verify DPoP proof: unexpected typ")
+            raise invalid_proof('Failed to verify DPoP proof: unexpected "typ" JWT header value')
         if header.get("alg") != "ES256":
             raise invalid_proof("Failed to verify DPoP proof: unexpected alg")
         try:
@@ -130,21 +130,22 @@ class ProofChecker:
 
     def _check_time(self, iat: object) -> None:
         if isinstance(iat, bool) or not isinstance(iat, int | float):
-            raise invalid_proof("Failed to verify DPoP proof: iat missing")
+            raise invalid_proof('Failed to verify DPoP proof: "iat" claim must be a number')
         # Whole seconds on both sides, as the reference server counts them.
         age = int(self._clock()) - int(iat)
-        if age > MAX_AGE:
-            raise invalid_proof("Failed to verify DPoP proof: iat too far in the past")
-        if age < -MAX_AHEAD:
-            raise invalid_proof("Failed to verify DPoP proof: iat should be in the past")
+        problem = 'Failed to verify DPoP proof: "iat" claim timestamp check failed'
+        if age > MAX_AGE + CLOCK_TOLERANCE:
+            raise invalid_proof(f"{problem} (too far in the past)")
+        if age < -CLOCK_TOLERANCE:
+            raise invalid_proof(f"{problem} (it should be in the past)")
 
     def _check_nonce(self, nonce: object) -> None:
         if nonce is None:
             raise use_nonce()
         if not isinstance(nonce, str):
-            raise invalid_proof("Invalid DPoP nonce type")
+            raise invalid_proof('Invalid DPoP "nonce" type')
         if not self.nonces.accepts(nonce):
-            raise use_nonce("DPoP nonce mismatch")
+            raise use_nonce('DPoP "nonce" mismatch')
 
 
 def _sha256(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from .accounts import Directory
-from .errors import OAuthError, invalid_token
+from .errors import OAuthError
 from .proofs import ProofChecker
 from .routes import Route
 from .sessions import Grant, Ledger
@@ -66,24 +66,16 @@ class ResourceServer:
 
     def _method(self, process: Callable[[Request, Grant], Response]) -> Callable[[Request], Response]:
         def answer(request: Request) -> Response:
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "dpop" or not token:
+                return _without_dpop(scheme, token)
             try:
-                return self._sealed(process(request, self._authorize(request)))
+                grant = self._ledger.verify(token, self._proofs.check(request, token), self._origin)
+                return self._sealed(process(request, grant))
             except OAuthError as error:
                 return self.refuse(error)
 
         return answer
-
-    def _authorize(self, request: Request) -> Grant:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        if not token:
-            raise OAuthError("AuthMissing", "Authentication Required", 401)
-        jkt = self._proofs.check(request, token)
-        if scheme.lower() != "dpop":
-            raise invalid_token(f"Access token is bound to a DPoP proof, but token type is {scheme[:20]}")
-        grant = self._ledger.verify(token, self._origin)
-        if grant.jkt != jkt:
-            raise invalid_token("Invalid DPoP key binding")
-        return grant
 
     def _metadata(self, request: Request) -> Response:
         return Response.of_json(
@@ -126,3 +118,11 @@ class ResourceServer:
 
     def _unknown(self, request: Request, grant: Grant) -> Response:
         return Response.of_json({"error": "MethodNotImplemented", "message": "Method Not Implemented"}, 501)
+
+
+def _without_dpop(scheme: str, token: str) -> Response:
+    """The answer to what is no OAuth request at all: there is no challenge in it, and no nonce."""
+    if not scheme:
+        return Response.of_json({"error": "AuthMissing", "message": "Authentication Required"}, 401)
+    problem = "Malformed token" if token else "Malformed authorization header"
+    return Response.of_json({"error": "InvalidToken", "message": problem}, 400)

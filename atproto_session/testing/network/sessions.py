@@ -164,20 +164,23 @@ class Ledger:
             grant.ended = True
             self.revocations += 1
 
-    def verify(self, token: str, audience: str) -> Grant:
+    def verify(self, token: str, jkt: str, audience: str) -> Grant:
         """The session of an access token that is good at this PDS.
 
+        :param jkt: the thumbprint of the key that the request proved.
         :raises OAuthError: ``invalid_token``.
         """
         with self._lock:
             access = self._access.get(token)
             if access is None:
-                raise invalid_token("Invalid token")
+                raise invalid_token("Malformed token")
+            if access.expires_at <= self._clock():
+                raise invalid_token('"exp" claim timestamp check failed')
+            if access.grant.jkt != jkt:
+                raise invalid_token("Invalid DPoP key binding")
             replaced = access.grant.ended or access.grant.access_token != token
             if access.grant.did in self._refused or (replaced and not self._outliving):
                 raise invalid_token("Invalid token")
-            if access.expires_at <= self._clock():
-                raise invalid_token("Token expired")
             if access.audience != audience:
                 raise invalid_token("Invalid audience")
             return access.grant
