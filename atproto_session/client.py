@@ -98,7 +98,6 @@ class OAuthClient:
         self._store = complete(open_store(store, encryption_keys=encryption_keys) if isinstance(store, str) else store)
         self._timeout = timeout
         self._allow_http = allow_http
-        self._freshness = freshness or Freshness()
         self._nonces = NonceCache()
         self._transport = Transport(allow_http=allow_http)
         self._pool = HardenedAdapter(allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS)
@@ -111,7 +110,7 @@ class OAuthClient:
             self._store,
             self._authority,
             locks=locks,
-            freshness=self._freshness,
+            freshness=freshness,
             timeout=timeout,
             on_interrupted=on_interrupted,
         )
@@ -306,7 +305,7 @@ class OAuthClient:
         return Signer(self.sessions, key, self._nonces, timeout=self._timeout)
 
     def _open(self, key: str, session: Session) -> OAuthSession:
-        return OAuthSession(self._signer(key), self._pool, session, self._freshness)
+        return OAuthSession(self._signer(key), self._pool, session)
 
 
 def _key_of(did: str, session_id: str | None) -> str:

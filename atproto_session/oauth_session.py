@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
@@ -14,7 +13,7 @@ from requests.utils import rewind_body
 
 from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
 from .errors import TokenInvalidError, TransportError
-from .session import Freshness, Session, TokenInfo, TokenSet, subject_of
+from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
 from .urls import origin
 
@@ -36,13 +35,12 @@ class Signer:
         nonces: NonceCache,
         *,
         timeout: float | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self.getter = getter
         self.key = key
         self._nonces = nonces
         self._timeout = timeout
-        self._clock = clock
+        self._clock = getter.freshness.clock
 
     def flow(
         self, request: requests.PreparedRequest, audience: str | None = None
@@ -78,7 +76,8 @@ class Signer:
                     return
             if not _is_refused(response):
                 return
-            if rejected is not None and (session.refreshed_at or 0.0) >= began:
+            just_issued = (session.refreshed_at or 0.0) >= began and not self.getter.freshness.is_expired(tokens)
+            if rejected is not None and just_issued:
                 self._give_up(session)
                 return
             if not _rewind(request):
@@ -133,25 +132,24 @@ class OAuthSession(requests.Session):
     :ivar did: the account's DID.
     """
 
-    def __init__(self, signer: Signer, pool: HTTPAdapter, session: Session, freshness: Freshness) -> None:
+    def __init__(self, signer: Signer, pool: HTTPAdapter, session: Session) -> None:
         super().__init__()
         self.adapters.clear()
         self.auth = _unchanged  # or requests would read ~/.netrc for every request
         self._signer = signer
-        self._freshness = freshness
         self._adapter = DPoPAdapter(signer, pool, session.token_set.aud)
         self.mount("", self._adapter)
         self.did = subject_of(signer.key)
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """As in requests, with a relative URL taken from the account's PDS."""
-        request.url = urljoin(self._adapter.audience + "/", request.url or "")
+        request.url = urljoin(self._adapter.audience, request.url or "")
         return super().prepare_request(request)
 
     def token_info(self, refresh: Literal["auto"] | bool = "auto") -> TokenInfo:
         """What may be shown of the tokens. ``refresh`` as in :meth:`.SessionGetter.get_session`."""
         tokens = self._signer.getter.get_session(self._signer.key, refresh).token_set
-        expired = None if tokens.expires_at is None else self._freshness.is_expired(tokens)
+        expired = None if tokens.expires_at is None else self._signer.getter.freshness.is_expired(tokens)
         return TokenInfo(tokens.expires_at, expired, tokens.scope, tokens.iss, tokens.aud, tokens.sub)
 
     def sign_out(self) -> None:
@@ -232,6 +230,8 @@ def _resume(
 def _aim(request: requests.PreparedRequest, audience: str | None, tokens: TokenSet) -> None:
     """Let the request go to the account's PDS and nowhere else."""
     url = request.url or ""
+    if url.startswith(f"{tokens.aud}/"):
+        return
     at, pds = origin(url), origin(tokens.aud)
     if at == pds:
         return

@@ -105,8 +105,8 @@ class SessionGetter(SharedGetter[Session]):
         self._store = complete(store)
         super().__init__(self._store, locks=locks, timeout=timeout)
         self._authority = authority
-        self._freshness = freshness or Freshness()
-        self._clock = self._freshness.clock
+        self.freshness = freshness or Freshness()
+        self._clock = self.freshness.clock
         # Locks that do not say what they are might be anything, a lease for one.
         self._lock_kind = getattr(self._locks, "kind", LockKind.LEASE)
         self._on_interrupted = on_interrupted
@@ -151,28 +151,29 @@ class SessionGetter(SharedGetter[Session]):
         def is_good(session: Session | None) -> bool:
             tokens = _found(sub, session).token_set
             if rejected is not None:
-                return tokens.access_token != rejected and not self._freshness.is_expired(tokens)
+                return tokens.access_token != rejected and not self.freshness.is_expired(tokens)
             renewed = not tokens.has_same_tokens(seen.token_set)
             if refresh is True:
                 return renewed
             # What another worker has just renewed is used, even if it is to live so short that it counts as stale.
-            return not self._freshness.is_stale(tokens) or (renewed and not self._freshness.is_expired(tokens))
+            return not self.freshness.is_stale(tokens) or (renewed and not self.freshness.is_expired(tokens))
 
         def fetch(stored: Session | None, hold: Hold, flight: Flight[Session]) -> Session:
             return self._refresh(sub, _found(sub, stored), is_good, hold, flight)
 
         if is_good(seen):
             return seen
-        if refresh is True or rejected is not None or self._freshness.is_expired(seen.token_set):
+        if refresh is True or rejected is not None or self.freshness.is_expired(seen.token_set):
             return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel)
         if self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
             return seen
         try:
             return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel, at_once=True)
         except SessionError as error:
-            if error.login_required or self._freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
+            if error.login_required or self.freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
                 raise
-            _log.debug("%s was not refreshed ahead of time: %s", sub, error)
+            if not isinstance(error, LockTimeoutError):  # which says that another worker is at it
+                _log.warning("%s was not refreshed ahead of time: %s", sub, error)
             return seen
 
     def get_stored(self, sub: str) -> Session | None:

@@ -53,7 +53,8 @@ def test_all_promises_are_kept_under_load() -> None:
     assert rows["refreshes for each rotation"] == "1"
     assert rows["requests that waited for a refresh"] != "0"
     assert " 1 s: requests" in ended.stdout
-    assert "What users see: Token" in ended.stdout or "survived by luck" in ended.stdout
+    # Which worker notices first, and so with which of these errors, is chance.
+    assert re.search(r"What users see: (TokenRe\w+|SessionNotFound)Error: |survived by luck", ended.stdout)
     assert "BROKEN" not in ended.stdout
 
 

@@ -13,7 +13,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -210,11 +212,13 @@ def test_a_session_error_of_a_store_stays_itself() -> None:
 
 
 def test_a_store_that_holds_something_else_than_sessions() -> None:
-    with pytest.raises(StoreError, match=f"dict for {DID} instead of a Session"):
-        complete({DID: {"tokenSet": {}}}).get(DID)  # type: ignore[dict-item]
+    with pytest.raises(StoreError, match=f"OrderedDict holds a dict for {DID} instead of a Session"):
+        complete(OrderedDict({DID: {"tokenSet": {}}})).get(DID)  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("store", [MemoryStore[Session](), complete({}), complete(OwnStore())], ids=repr)
+@pytest.mark.parametrize(
+    "store", [MemoryStore[Session](), complete({}), complete(OwnStore())], ids=["memory", "dict", "own"]
+)
 def test_nothing_comes_between_the_comparison_and_the_write(store: FullStore) -> None:
     together = threading.Barrier(2)
 

@@ -5,7 +5,7 @@ A set of locks is an object with ``hold`` and ``kind``:
 * :class:`ThreadLocks` excludes the threads of this process,
 * :class:`FileLocks` excludes the processes of this machine as well, and its locks end with the process that holds them.
 
-A new kind proves itself by subclassing ``atproto_session.testing.LocksContract``.
+A new kind proves itself by subclassing ``atproto_session.testing.contracts.LocksContract``.
 """
 
 from __future__ import annotations

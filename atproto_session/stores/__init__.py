@@ -120,9 +120,9 @@ def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
     if all(callable(getattr(store, name, None)) for name in ("get", "set", "delete")):
         if all(getattr(store, name, None) is not None for name in _REST):
             return cast(FullStore, store)
-        return CompletedStore(store)
+        return CompletedStore(store, type(store).__name__)
     if isinstance(store, MutableMapping):
-        return CompletedStore(MappingStore(store))
+        return CompletedStore(MappingStore(store), type(store).__name__)
     raise TypeError(
         f"a session store has the methods get(key), set(key, session) and delete(key), or is a mutable mapping; "
         f"{type(store).__name__} is neither"

@@ -15,16 +15,17 @@ T = TypeVar("T")
 
 
 class CompletedStore:
-    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError."""
+    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError, which calls it ``name``."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, name: str) -> None:
         self._store = store
+        self._name = name
         self._writes = ThreadLocks()
         self.locks: Locks = getattr(store, "locks", None) or ThreadLocks()
         self.logins = getattr(store, "logins", None) or MemoryLogins()
 
     def __repr__(self) -> str:
-        return f"<{type(self._store).__name__}, completed>"
+        return f"<{self._name}, completed>"
 
     def get(self, key: str) -> Session | None:
         return self._checked(key, self._call("read", self._store.get, key))
@@ -69,14 +70,12 @@ class CompletedStore:
     def _checked(self, key: str, value: object) -> Session | None:
         if value is None or isinstance(value, Session):
             return value
-        raise StoreError(
-            f"{type(self._store).__name__} holds a {type(value).__name__} for {printable(key)} instead of a Session"
-        )
+        raise StoreError(f"{self._name} holds a {type(value).__name__} for {printable(key)} instead of a Session")
 
     def _method(self, name: str) -> Callable[[], Any]:
         method = getattr(self._store, name, None)
         if method is None:
-            raise StoreError(f"{type(self._store).__name__} has no {name}() method")
+            raise StoreError(f"{self._name} has no {name}() method")
         return method  # type: ignore[no-any-return]
 
     def _call(self, what: str, method: Callable[..., T], *arguments: object) -> T:
@@ -85,9 +84,7 @@ class CompletedStore:
         except SessionError:
             raise
         except Exception as error:
-            raise StoreError(
-                f"the session store {type(self._store).__name__} cannot be {what}: {type(error).__name__}"
-            ) from error
+            raise StoreError(f"the session store {self._name} cannot be {what}: {type(error).__name__}") from error
 
 
 class MappingStore:

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
-from atproto_session.testing.network import Account, LocalNetwork
+from atproto_session.testing.network import LocalNetwork
 
-from .raw import RawClient, Tokens
+from .raw import LoggedIn, RawClient
 
 
 @pytest.fixture
@@ -31,13 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return time.time() + self.offset
-
-
-@dataclass(frozen=True)
-class LoggedIn:
-    account: Account
-    client: RawClient
-    tokens: Tokens
 
 
 @pytest.fixture

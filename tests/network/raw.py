@@ -12,19 +12,20 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import jwt
 import requests
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from atproto_session.testing.network import Account, LocalNetwork
+from atproto_session.testing.network import Account
 
 REDIRECT_URI = "http://127.0.0.1:8000/callback"
 SCOPE = "atproto transition:generic"
 LOOPBACK = "http://localhost?" + urlencode({"redirect_uri": REDIRECT_URI, "scope": SCOPE})
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+GET_SESSION = "com.atproto.server.getSession"
 
 
 def b64(data: bytes) -> str:
@@ -42,6 +43,12 @@ def public_jwk(key: ec.EllipticCurvePrivateKey, **members: str) -> dict[str, str
 
 def query_of(url: str) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(urlsplit(url).query).items()}
+
+
+class Network(Protocol):
+    """Whoever has accounts and a browser: the local network, or the real PDS."""
+
+    def authorize(self, url: str, account: Account, approve: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -144,14 +151,14 @@ class RawClient:
         query = {"client_id": self.client_id, "request_uri": response.json()["request_uri"]}
         return f"{self.issuer}/oauth/authorize?{urlencode(query)}"
 
-    def code(self, network: LocalNetwork, account: Account) -> str:
+    def code(self, network: Network, account: Account) -> str:
         return query_of(network.authorize(self.authorize_url(login_hint=account.handle), account))["code"]
 
     def exchange(self, code: str, **changes: str | None) -> requests.Response:
         form = {"grant_type": "authorization_code", "code": code, "code_verifier": self.verifier}
         return self.post("/oauth/token", {**form, "redirect_uri": self.redirect_uri, **changes})
 
-    def log_in(self, network: LocalNetwork, account: Account) -> Tokens:
+    def log_in(self, network: Network, account: Account) -> Tokens:
         return tokens_of(self.exchange(self.code(network, account)))
 
     def refresh(self, token: str, **changes: str | None) -> requests.Response:
@@ -173,6 +180,13 @@ class RawClient:
             if proof is not None or "use_dpop_nonce" not in response.headers.get("WWW-Authenticate", ""):
                 break
         return response
+
+
+@dataclass(frozen=True)
+class LoggedIn:
+    account: Account
+    client: RawClient
+    tokens: Tokens
 
 
 def tokens_of(response: requests.Response) -> Tokens:

@@ -14,8 +14,7 @@ import requests
 
 from atproto_session.testing.network import ConnectionCut, LocalNetwork, Request, Response
 
-from .conftest import LoggedIn
-from .raw import RawClient, error_of, tokens_of
+from .raw import LoggedIn, RawClient, error_of, tokens_of
 
 BOUND = 10.0
 

@@ -9,8 +9,8 @@ import requests
 
 from atproto_session.testing.network import LocalNetwork
 
-from .conftest import Clock, LoggedIn
-from .raw import REDIRECT_URI, RawClient, b64, error_of, query_of, tokens_of
+from .conftest import Clock
+from .raw import REDIRECT_URI, LoggedIn, RawClient, b64, error_of, query_of, tokens_of
 
 
 def test_a_log_in_ends_with_tokens_that_work(network: LocalNetwork, alice: LoggedIn) -> None:
@@ -40,7 +40,7 @@ def test_a_denied_log_in_comes_back_as_an_error(network: LocalNetwork) -> None:
     client = RawClient(network.issuer)
     callback = network.authorize(client.authorize_url(), network.create_account(), approve=False)
     assert query_of(callback) == {
-        **{"error": "access_denied", "error_description": "Access denied"},
+        **{"error": "access_denied", "error_description": "The user rejected the request"},
         **{"state": client.state, "iss": network.issuer},
     }
 
@@ -75,9 +75,9 @@ def test_more_scopes_may_not_be_granted(network: LocalNetwork) -> None:
         ({"scope": "transition:generic"}, "invalid_scope"),
         ({"scope": "atproto transition:email"}, "invalid_scope"),
         ({"login_hint": "not a handle"}, "invalid_request"),
-        ({"prompt": "none"}, "consent_required"),
+        ({"prompt": "none"}, "invalid_request"),
         ({"prompt": "dance"}, "invalid_request"),
-        ({"client_id": None}, "invalid_request"),
+        ({"client_id": None}, "invalid_client"),
         ({"client_id": "http://localhost?scope=transition:generic"}, "invalid_client_metadata"),
         ({"client_id": "http://localhost?redirect_uri=http://localhost/"}, "invalid_client_metadata"),
         ({"client_id": "http://localhost?colour=red"}, "invalid_client_metadata"),
@@ -121,7 +121,6 @@ def test_the_port_is_ignored_where_none_is_registered(
     ("changes", "description"),
     [
         ({"code_verifier": b64(b"x" * 48)}, "Invalid code_verifier"),
-        ({"code_verifier": "short"}, "code_verifier too short"),
         ({"code_verifier": None}, "code_verifier is required"),
         ({"redirect_uri": "http://127.0.0.1:8000/"}, "The redirect_uri parameter must match"),
     ],
@@ -138,6 +137,13 @@ def test_a_wrong_exchange_uses_up_the_code(
     assert error_of(client.exchange(code)) == ("invalid_grant", "Invalid code")
 
 
+def test_a_verifier_that_cannot_be_one_is_refused_before_the_code_is_looked_at(network: LocalNetwork) -> None:
+    client = RawClient(network.issuer)
+    code = client.code(network, network.create_account())
+    assert error_of(client.exchange(code, code_verifier="short")) == ("invalid_grant", "code_verifier too short")
+    tokens_of(client.exchange(code))
+
+
 def test_a_code_used_twice_ends_its_session(network: LocalNetwork) -> None:
     client = RawClient(network.issuer)
     code = client.code(network, network.create_account())
@@ -151,7 +157,8 @@ def test_a_code_is_bound_to_the_key_of_its_request(network: LocalNetwork) -> Non
     code = client.code(network, network.create_account())
     thief.verifier = client.verifier
     response = thief.exchange(code)
-    assert (response.status_code, *error_of(response)) == (401, "invalid_token", "Invalid DPoP key binding")
+    assert response.status_code == 400
+    assert error_of(response) == ("invalid_grant", "DPoP proof does not match the expected JKT")
 
 
 def test_a_code_is_bound_to_its_client(network: LocalNetwork) -> None:
@@ -227,7 +234,7 @@ def test_the_consent_page_is_plain_html_that_a_browser_can_use(network: LocalNet
     ],
 )
 def test_a_malformed_body_is_refused(network: LocalNetwork, body: bytes, content_type: str) -> None:
-    for path, error in (("token", "invalid_grant"), ("par", "invalid_request"), ("revoke", "invalid_request")):
+    for path, error in (("token", "invalid_grant"), ("par", "invalid_client"), ("revoke", "invalid_request")):
         response = requests.post(
             f"{network.issuer}/oauth/{path}", data=body, headers={"Content-Type": content_type}, timeout=10
         )
@@ -236,7 +243,7 @@ def test_a_malformed_body_is_refused(network: LocalNetwork, body: bytes, content
 
 def test_a_request_without_what_it_is_about_is_refused(network: LocalNetwork) -> None:
     client = RawClient(network.issuer)
-    assert error_of(client.post("/oauth/token", {"client_id": None, "grant_type": "x"}))[0] == "invalid_client"
+    assert error_of(client.post("/oauth/token", {"client_id": None, "grant_type": "x"}))[0] == "invalid_grant"
     assert error_of(client.post("/oauth/token", {"grant_type": "password"}))[0] == "invalid_grant"
     assert error_of(client.post("/oauth/token", {"grant_type": "refresh_token"}))[0] == "invalid_grant"
     assert error_of(client.post("/oauth/revoke", {}))[0] == "invalid_request"

@@ -13,8 +13,7 @@ import requests
 
 from atproto_session.testing.network import LocalNetwork
 
-from .conftest import LoggedIn
-from .raw import RawClient, tokens_of
+from .raw import LoggedIn, RawClient, tokens_of
 
 
 def test_it_tells_a_client_where_to_turn(network: LocalNetwork) -> None:

@@ -13,8 +13,8 @@ import requests
 
 from atproto_session.testing.network import LocalNetwork
 
-from .conftest import Clock, LoggedIn
-from .raw import RawClient, error_of, new_key, public_jwk, tokens_of
+from .conftest import Clock
+from .raw import LoggedIn, RawClient, error_of, new_key, public_jwk, tokens_of
 
 BAD_PROOFS: list[tuple[dict[str, Any], str]] = [
     ({"header": {"typ": "JWT"}}, "typ"),
@@ -32,7 +32,7 @@ BAD_PROOFS: list[tuple[dict[str, Any], str]] = [
     ({"htu": "http://localhost:1/"}, "htu"),
     ({"htu": None}, "htu"),
     ({"iat": None}, "iat"),
-    ({"iat": "now"}, "iat"),
+    ({"iat": "now"}, "number"),
     ({"iat": True}, "iat"),
     ({"nonce": 7}, "nonce"),
 ]
@@ -51,7 +51,7 @@ def test_a_bad_proof_is_refused(network: LocalNetwork, alice: LoggedIn, changes:
     proof = client.proof("GET", url, token=tokens.access, **changes)
     response = client.call(network.pds_url, "app.test.echo", tokens.access, proof=proof)
     assert (response.status_code, error_of(response)[0]) == (401, "invalid_dpop_proof")
-    assert response.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="invalid_dpop_proof", error_desc')
+    assert response.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="invalid_dpop_proof"')
 
     tokens_of(client.refresh(tokens.refresh))  # nothing of this has spent the token
 
@@ -83,7 +83,7 @@ def test_there_is_exactly_one_proof_and_it_is_one(network: LocalNetwork, alice: 
     assert network.refresh_token_uses == {}
 
 
-@pytest.mark.parametrize(("offset", "accepted"), [(-12, False), (-9, True), (170, True), (182, False)])
+@pytest.mark.parametrize(("offset", "accepted"), [(-192, False), (-188, True), (178, True), (182, False)])
 def test_the_time_of_a_proof_has_a_window(
     network: LocalNetwork, alice: LoggedIn, offset: float, accepted: bool
 ) -> None:
@@ -113,10 +113,10 @@ def test_a_proof_of_a_resource_request_names_its_token(network: LocalNetwork, al
         response = client.call(
             network.pds_url, "app.test.echo", access, proof=client.proof("GET", url, token=access, ath=ath)
         )
-        assert error_of(response) == ("invalid_dpop_proof", "DPoP ath mismatch")
+        assert error_of(response) == ("invalid_dpop_proof", 'DPoP "ath" mismatch')
     proof = client.proof("POST", f"{network.issuer}/oauth/token", token=access)
     response = client.post("/oauth/token", {"grant_type": "refresh_token", "refresh_token": "x"}, proof=proof)
-    assert error_of(response) == ("invalid_dpop_proof", "DPoP ath claim not allowed")
+    assert error_of(response) == ("invalid_dpop_proof", 'DPoP "ath" claim not allowed')
 
 
 def test_nonces_are_demanded_each_server_in_its_own_way(entryway: LocalNetwork) -> None:
@@ -137,7 +137,7 @@ def test_nonces_are_demanded_each_server_in_its_own_way(entryway: LocalNetwork) 
         proof = client.proof("GET", f"{entryway.pds_url}/xrpc/app.test.echo", token=tokens.access)
         refused = client.call(entryway.pds_url, "app.test.echo", tokens.access, proof=proof)
         assert refused.status_code == 401
-        assert refused.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="use_dpop_nonce", error_desc')
+        assert refused.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="use_dpop_nonce"')
         assert refused.headers["DPoP-Nonce"]
 
     # The nonce of one server is nothing to another.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.pds.harness import Account, RealPDS
+from atproto_session.testing.network import Account
+from tests.network.raw import LoggedIn, RawClient
+from tests.pds.harness import RealPDS
 from tests.pds.install import InstallError, ensure_installed, is_installed
 
 _HERE = Path(__file__).parent
@@ -59,3 +61,12 @@ def pds_account(real_pds: RealPDS) -> Iterator[Account]:
     real_pds.proxy.reset()
     yield account
     real_pds.proxy.reset()
+
+
+@pytest.fixture
+def alice(real_pds: RealPDS, pds_account: Account) -> LoggedIn:
+    """Logged in by hand, and the proxy has counted nothing since."""
+    client = RawClient(real_pds.pds_url)
+    alice = LoggedIn(pds_account, client, client.log_in(real_pds, pds_account))
+    real_pds.proxy.reset()
+    return alice

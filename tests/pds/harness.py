@@ -4,7 +4,7 @@
 
     with RealPDS() as pds:
         account = pds.create_account()
-        callback_url = pds.authorize(authorization_url, account.handle, account.password)
+        callback_url = pds.authorize(authorization_url, account)
         fault = pds.proxy.arm("/oauth/token", proxy.cut_after())
 """
 
@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import requests
 
+from atproto_session.testing.network import Account
 from tests.pds.install import Installation, ensure_installed
 from tests.pds.proxy import FaultProxy
 
@@ -48,13 +49,6 @@ class NodeClientError(Exception):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
         self.name = name
-
-
-@dataclass(frozen=True)
-class Account:
-    did: str
-    handle: str
-    password: str = field(repr=False)
 
 
 class RealPDS:
@@ -101,17 +95,19 @@ class RealPDS:
             raise HarnessError(f"createAccount answered {response.status_code}: {response.text[:200]}")
         return Account(response.json()["did"], handle, password)
 
-    def authorize(self, url: str, username: str, password: str) -> str:
-        """Sign in at the authorization URL and consent, as a person with a browser does; the callback URL."""
+    def client_options(self) -> dict[str, Any]:
+        """The keyword arguments that make an ``OAuthClient`` live here."""
+        return {"plc_directory": self.plc_url, "handle_resolver": self.pds_url, "allow_http": True}
+
+    def authorize(self, url: str, account: Account, approve: bool = True) -> str:
+        """Sign in at the authorization URL and consent, as a person with a browser does, or refuse; the callback URL."""
         browser = _Browser(self.pds_url, url)
-        signed_in = browser.call("sign-in", {"username": username, "password": password, "locale": "en"})
+        if not approve:
+            return browser.follow(browser.call("reject", {})["url"])
+        credentials = {"username": account.handle, "password": account.password, "locale": "en"}
+        signed_in = browser.call("sign-in", credentials)
         consent = browser.call("consent", {"did": signed_in["account"]["did"]}, bearer=signed_in["ephemeralToken"])
         return browser.follow(consent["url"])
-
-    def deny(self, url: str) -> str:
-        """Refuse at the authorization URL; the callback URL, which carries the error."""
-        browser = _Browser(self.pds_url, url)
-        return browser.follow(browser.call("reject", {})["url"])
 
     @contextmanager
     def token_lifetime(self, seconds: float) -> Iterator[None]:

@@ -14,25 +14,24 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import requests
 
+from atproto_session.testing.network import Account
+from tests.network.raw import GET_SESSION, LOOPBACK, SCOPE, LoggedIn, RawClient, error_of, tokens_of
 from tests.pds import proxy
-from tests.pds.harness import PATIENCE, Account, NodeClient, NodeClientError, RealPDS
+from tests.pds.harness import PATIENCE, NodeClient, NodeClientError, RealPDS
 from tests.pds.proxy import Action, Refresh
-from tests.pds.raw_client import CLIENT_ID, GET_SESSION, SCOPE, TOKEN, RawClient
 
-
-@pytest.fixture
-def client(real_pds: RealPDS, pds_account: Account) -> RawClient:
-    """Logged in, and the proxy has counted nothing since."""
-    client = RawClient(real_pds)
-    client.log_in(pds_account)
-    real_pds.proxy.reset()
-    return client
+TOKEN = "/oauth/token"
+CALL = f"/xrpc/{GET_SESSION}"
 
 
 @pytest.fixture(scope="module")
 def node(real_pds: RealPDS) -> Iterator[NodeClient]:
-    with real_pds.node_client(CLIENT_ID) as client:
+    with real_pds.node_client(LOOPBACK) as client:
         yield client
+
+
+def call(alice: LoggedIn, token: str | None = None) -> requests.Response:
+    return alice.client.call(alice.client.issuer, GET_SESSION, token or alice.tokens.access)
 
 
 def test_everything_goes_through_the_proxy(real_pds: RealPDS, pds_account: Account) -> None:
@@ -46,48 +45,47 @@ def test_everything_goes_through_the_proxy(real_pds: RealPDS, pds_account: Accou
     assert real_pds.proxy.count("/.well-known/oauth-authorization-server") == 1
 
 
-def test_refresh_rotates_and_replay_ends_the_session(client: RawClient, pds_account: Account) -> None:
-    first = client.tokens
-    assert (first["sub"], first["scope"], first["token_type"]) == (pds_account.did, SCOPE, "DPoP")
-    assert client.get_session().json()["did"] == pds_account.did
+def test_refresh_rotates_and_replay_ends_the_session(real_pds: RealPDS, alice: LoggedIn) -> None:
+    first = alice.tokens
+    assert (first.response["sub"], first.response["scope"]) == (alice.account.did, SCOPE)
+    assert call(alice).json()["did"] == alice.account.did
 
-    assert client.refresh().status_code == 200
-    refused = client.get_session(first["access_token"])
-    assert (refused.status_code, refused.json()["error"]) == (401, "invalid_token")
-    assert client.get_session().status_code == 200
+    second = tokens_of(alice.client.refresh(first.refresh))
+    assert call(alice, first.access).status_code == 401
+    assert call(alice, second.access).status_code == 200
 
-    replayed = client.refresh(first["refresh_token"])
-    assert (replayed.status_code, replayed.json()["error"]) == (400, "invalid_grant")
-    assert replayed.json()["error_description"] == "Refresh token replayed"
-    assert client.get_session().status_code == 401
-    assert client.refresh().json()["error"] == "invalid_grant"
+    assert alice.client.refresh(first.refresh).status_code == 400
+    assert call(alice, second.access).status_code == 401
+    assert alice.client.refresh(second.refresh).status_code == 400
 
-    spent = first["refresh_token"]
-    assert client.pds.proxy.refreshes()[:2] == [Refresh(spent, 200), Refresh(spent, 400)]
-    assert client.pds.proxy.count(TOKEN) == 3
+    spent = first.refresh
+    assert real_pds.proxy.refreshes()[:2] == [Refresh(spent, 200), Refresh(spent, 400)]
+    assert real_pds.proxy.count(TOKEN) == 3
 
 
-def test_an_account_logs_in_again_and_again(client: RawClient, pds_account: Account) -> None:
-    other = RawClient(client.pds)
-    other.log_in(pds_account)
+def test_an_account_logs_in_again_and_again(real_pds: RealPDS, alice: LoggedIn) -> None:
+    other = RawClient(real_pds.pds_url)
+    again = LoggedIn(alice.account, other, other.log_in(real_pds, alice.account))
 
-    assert other.get_session().status_code == 200
-    assert client.get_session().status_code == 200
+    assert call(again).status_code == 200
+    assert call(alice).status_code == 200
 
 
-def test_denied(real_pds: RealPDS) -> None:
-    url = real_pds.deny(RawClient(real_pds).authorization_url("v" * 43, state="mine"))
+def test_denied(real_pds: RealPDS, pds_account: Account) -> None:
+    client = RawClient(real_pds.pds_url)
+    url = real_pds.authorize(client.authorize_url(), pds_account, approve=False)
 
     parameters = parse_qs(urlsplit(url).query)
     assert parameters["error"] == ["access_denied"]
-    assert parameters["state"] == ["mine"]
+    assert parameters["state"] == [client.state]
     assert parameters["iss"] == [real_pds.pds_url]
 
 
-def test_token_lifetime(real_pds: RealPDS, client: RawClient) -> None:
+def test_token_lifetime(real_pds: RealPDS, alice: LoggedIn) -> None:
     with real_pds.token_lifetime(20):
-        assert client.refresh().json()["expires_in"] <= 20
-    assert client.refresh().json()["expires_in"] > 3500
+        tokens = tokens_of(alice.client.refresh(alice.tokens.refresh))
+        assert tokens.response["expires_in"] <= 20
+    assert tokens_of(alice.client.refresh(tokens.refresh)).response["expires_in"] > 3500
 
 
 @pytest.mark.parametrize(
@@ -101,77 +99,76 @@ def test_token_lifetime(real_pds: RealPDS, client: RawClient) -> None:
     ],
     ids=["cut_before", "cut_after", "status_before", "status_after", "html_after"],
 )
-def test_faults(client: RawClient, action: Action, seen: int | None, answered: int | None) -> None:
+def test_faults(real_pds: RealPDS, alice: LoggedIn, action: Action, seen: int | None, answered: int | None) -> None:
     """What the client sees, and whether the token is spent."""
-    token = client.tokens["refresh_token"]
-    form = {"grant_type": "refresh_token", "refresh_token": token}
-    fault = client.pds.proxy.arm(TOKEN, action)
+    client, token = alice.client, alice.tokens.refresh
+    fault = real_pds.proxy.arm(TOKEN, action)
 
     if seen is None:
         with pytest.raises(requests.ConnectionError):
-            client.post(TOKEN, **form)
+            client.refresh(token)
     else:
-        answer = client.post(TOKEN, **form)
+        answer = client.refresh(token)
         assert answer.status_code == seen
         assert "access_token" not in answer.text
         assert answer.headers.get("Retry-After") == ("7" if seen == 503 else None)
     assert fault.arrived.is_set()
     assert fault.fired.wait(PATIENCE)
-    assert client.pds.proxy.refreshes() == [Refresh(token, answered)]
+    assert real_pds.proxy.refreshes() == [Refresh(token, answered)]
 
     assert client.refresh(token).status_code == (400 if answered else 200)
 
 
-def test_late_answer(client: RawClient) -> None:
-    fault = client.pds.proxy.arm(TOKEN, proxy.late())
+def test_late_answer(real_pds: RealPDS, alice: LoggedIn) -> None:
+    fault = real_pds.proxy.arm(TOKEN, proxy.late())
     with ThreadPoolExecutor() as pool:
-        refreshed = pool.submit(client.refresh)
+        refreshed = pool.submit(alice.client.refresh, alice.tokens.refresh)
         assert fault.arrived.wait(PATIENCE)
         # The server has rotated the token, and nobody knows it.
-        assert [refresh.status for refresh in client.pds.proxy.refreshes()] == [200]
+        assert [refresh.status for refresh in real_pds.proxy.refreshes()] == [200]
         assert not refreshed.done()
         assert not fault.fired.is_set()
 
         fault.release.set()
-        assert refreshed.result(PATIENCE).status_code == 200
+        tokens = tokens_of(refreshed.result(PATIENCE))
     assert fault.fired.wait(PATIENCE)
-    assert client.get_session().status_code == 200
+    assert call(alice, tokens.access).status_code == 200
 
 
-def test_reset_lets_go_of_what_is_held(client: RawClient) -> None:
-    fault = client.pds.proxy.arm(GET_SESSION, proxy.late())
+def test_reset_lets_go_of_what_is_held(real_pds: RealPDS, alice: LoggedIn) -> None:
+    fault = real_pds.proxy.arm(CALL, proxy.late())
     with ThreadPoolExecutor() as pool:
-        called = pool.submit(client.get_session)
+        called = pool.submit(call, alice)
         assert fault.arrived.wait(PATIENCE)
-        client.pds.proxy.arm(GET_SESSION, proxy.cut_before())
-        client.pds.proxy.reset()
+        real_pds.proxy.arm(CALL, proxy.cut_before())
+        real_pds.proxy.reset()
         assert called.result(PATIENCE).status_code == 200
 
-    assert client.get_session().status_code == 200
-    assert client.pds.proxy.count(GET_SESSION) == 1
+    assert call(alice).status_code == 200
+    assert real_pds.proxy.count(CALL) == 1
 
 
-def test_faults_act_in_turn(client: RawClient) -> None:
-    client.pds.proxy.arm(GET_SESSION, proxy.status_before(500), times=2)
-    client.pds.proxy.arm(GET_SESSION, proxy.status_after(502))
+def test_faults_act_in_turn(real_pds: RealPDS, alice: LoggedIn) -> None:
+    real_pds.proxy.arm(CALL, proxy.status_before(500), times=2)
+    real_pds.proxy.arm(CALL, proxy.status_after(502))
 
-    assert [client.get_session().status_code for _ in range(4)] == [500, 500, 502, 200]
+    assert [call(alice).status_code for _ in range(4)] == [500, 500, 502, 200]
 
 
-def test_nonce_challenge_is_no_spend_and_sets_off_no_after_fault(client: RawClient) -> None:
-    token, client.nonce = client.tokens["refresh_token"], None
-    fault = client.pds.proxy.arm(TOKEN, proxy.status_after(502))
+def test_nonce_challenge_is_no_spend_and_sets_off_no_after_fault(real_pds: RealPDS, alice: LoggedIn) -> None:
+    client, token = alice.client, alice.tokens.refresh
+    client.nonces.clear()
+    fault = real_pds.proxy.arm(TOKEN, proxy.status_after(502))
 
-    challenge = client.send(
-        "POST", TOKEN, {"client_id": CLIENT_ID, "grant_type": "refresh_token", "refresh_token": token}
-    )
-    assert (challenge.status_code, challenge.json()["error"]) == (400, "use_dpop_nonce")
+    form = {"grant_type": "refresh_token", "refresh_token": token}
+    challenge = client.post(TOKEN, form, retry=False)
+    assert (challenge.status_code, error_of(challenge)[0]) == (400, "use_dpop_nonce")
     assert not fault.arrived.is_set()
-    assert client.pds.proxy.refresh_tokens() == []
+    assert real_pds.proxy.refresh_tokens() == []
 
-    assert client.refresh().status_code == 502
-    assert client.pds.proxy.refresh_tokens() == [token]
-    assert client.pds.proxy.count(TOKEN) == 2
+    assert client.refresh(token).status_code == 502
+    assert real_pds.proxy.refresh_tokens() == [token]
+    assert real_pds.proxy.count(TOKEN) == 2
 
 
 def test_node_client_logs_in_and_refreshes(real_pds: RealPDS, pds_account: Account, node: NodeClient) -> None:
@@ -179,7 +176,7 @@ def test_node_client_logs_in_and_refreshes(real_pds: RealPDS, pds_account: Accou
     (pending,) = node.states().values()
     assert pending["iss"] == real_pds.pds_url
 
-    session = node.callback(real_pds.authorize(url, pds_account.handle, pds_account.password))
+    session = node.callback(real_pds.authorize(url, pds_account))
     assert (session.did, session.state, session.token_info["expired"]) == (pds_account.did, "mine", False)
     assert session.document == node.sessions()[pds_account.did]
     assert set(session.document) == {"dpopJwk", "authMethod", "tokenSet"}
@@ -193,22 +190,6 @@ def test_node_client_logs_in_and_refreshes(real_pds: RealPDS, pds_account: Accou
     with pytest.raises(NodeClientError) as caught:
         node.restore(pds_account.did)
     assert caught.value.name == "TokenRefreshError"
-
-
-def test_node_client_takes_over_a_stored_session(client: RawClient, pds_account: Account, node: NodeClient) -> None:
-    tokens = {name: client.tokens[name] for name in ("sub", "scope", "refresh_token", "access_token", "token_type")}
-    document = {
-        "dpopJwk": client.private_jwk,
-        "authMethod": {"method": "none"},
-        "tokenSet": {**tokens, "iss": client.pds.pds_url, "aud": client.pds.pds_url},
-    }
-    node.put(pds_account.did, document)
-
-    status, body = node.call(pds_account.did)
-
-    assert status == 200
-    assert pds_account.handle in body
-    assert client.pds.proxy.refresh_tokens() == []
 
 
 def test_the_servers_do_not_outlive_a_killed_test_run(real_pds: RealPDS) -> None:
