@@ -301,11 +301,11 @@ class OAuthClient:
     def _server_of(self, metadata: ServerMetadata) -> AuthorizationServer:
         return AuthorizationServer(metadata, self.metadata, self._keyset, self._transport, self._nonces)
 
-    def _signer(self, key: str) -> Signer:
-        return Signer(self.sessions, key, self._nonces, timeout=self._timeout)
+    def _signer(self, key: str, session: Session | None = None) -> Signer:
+        return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session)
 
     def _open(self, key: str, session: Session) -> OAuthSession:
-        return OAuthSession(self._signer(key), self._pool, session)
+        return OAuthSession(self._signer(key, session), self._pool, session)
 
 
 def _key_of(did: str, session_id: str | None) -> str:

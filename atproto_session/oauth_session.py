@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
@@ -21,12 +22,18 @@ from .urls import origin
 _DEFAULT_TIMEOUT = (10.0, 60.0)
 #: The token that was stored, one that another worker has brought, one that is refreshed for this request.
 _TOKENS_TRIED = 3
+#: For how long a session that was just read is not read again, in seconds. Should its token be replaced meanwhile, the
+#: server says so.
+_KNOWN_FOR = 0.5
 #: Answers to a first try are read to the end up to this size, so that their connection can be used again.
 _DRAINED = 65536
 
 
 class Signer:
-    """Signs the requests of one account and judges the answers. No I/O but the getter's."""
+    """Signs the requests of one account and judges the answers. No I/O but the getter's.
+
+    :param session: what the getter has just returned: not read again for a request that follows at once.
+    """
 
     def __init__(
         self,
@@ -35,12 +42,15 @@ class Signer:
         nonces: NonceCache,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
     ) -> None:
         self.getter = getter
         self.key = key
         self._nonces = nonces
         self._timeout = timeout
         self._clock = getter.freshness.clock
+        self._known = session
+        self._known_until = time.monotonic() + _KNOWN_FOR
 
     def flow(
         self, request: requests.PreparedRequest, audience: str | None = None
@@ -54,7 +64,7 @@ class Signer:
         """
         began, rejected = self._clock(), None
         for _ in range(_TOKENS_TRIED):
-            session = self.getter.get_session(self.key, rejected=rejected, timeout=self._timeout)
+            session = self._take_known() or self.getter.get_session(self.key, rejected=rejected, timeout=self._timeout)
             tokens = session.token_set
             _aim(request, audience, tokens)
             audience = tokens.aud
@@ -83,6 +93,14 @@ class Signer:
             if not _rewind(request):
                 return
             rejected = tokens.access_token
+
+    def forget(self) -> None:
+        """Read the session again for the next request, however recently that was done."""
+        self._known = None
+
+    def _take_known(self) -> Session | None:
+        known, self._known = self._known, None
+        return known if time.monotonic() < self._known_until else None
 
     def _give_up(self, session: Session) -> None:
         cause = TokenInvalidError(f"the server of {self.key} refuses tokens that were just issued; log in again")
@@ -154,6 +172,7 @@ class OAuthSession(requests.Session):
 
     def sign_out(self) -> None:
         """Delete the session here, and end it at its server if that can be reached."""
+        self._signer.forget()
         self._signer.getter.delete_stored(self._signer.key, revoke=True)
 
     def __repr__(self) -> str:

@@ -244,6 +244,32 @@ def test_a_fresh_session_makes_no_request_but_the_callers(network: LocalNetwork,
     assert (network.resource_requests, network.token_requests) == (before[0] + 1, before[1])
 
 
+def test_a_session_is_not_read_again_for_a_request_that_follows_at_once(
+    client: OAuthClient, session: OAuthSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    get = client._store.get
+    monkeypatch.setattr(client._store, "get", lambda key: reads.append(key) or get(key))  # type: ignore[func-returns-value]
+    restored = client.restore(session.did)
+    restored.get(ECHO)
+    assert len(reads) == 1
+    restored.get(ECHO)
+    assert len(reads) == 2
+    restored = client.restore(session.did)
+    monkeypatch.setattr("atproto_session.oauth_session.time.monotonic", lambda: float("inf"))
+    restored.get(ECHO)
+    assert len(reads) == 4, "one for each after a while"
+
+
+def test_a_token_that_was_replaced_since_it_was_read_is_no_matter(
+    network: LocalNetwork, client: OAuthClient, session: OAuthSession
+) -> None:
+    restored = client.restore(session.did)
+    client.restore(session.did, refresh=True)
+    assert restored.get(ECHO).status_code == 200
+    assert network.rotations == 1
+
+
 @pytest.mark.duty(27)
 def test_nonces_that_change_are_no_matter(network: LocalNetwork, session: OAuthSession) -> None:
     for _ in range(3):

@@ -34,9 +34,7 @@ def atproto_client(atproto_network: LocalNetwork) -> Iterator[OAuthClient]:
 
 
 @pytest.fixture
-def atproto_login(
-    atproto_network: LocalNetwork, atproto_client: OAuthClient
-) -> Callable[[str | None], OAuthSession]:
+def atproto_login(atproto_network: LocalNetwork, atproto_client: OAuthClient) -> Callable[[str | None], OAuthSession]:
     """A function that makes an account, of the handle that it is given if any, and logs it in."""
 
     def login(handle: str | None = None) -> OAuthSession:

@@ -71,7 +71,7 @@ class State(NamedTuple):
 
 
 Steps = Iterator[tuple[str, State]]
-DONE, DEAD = Actor("done", 0), Actor("dead", 0)
+DONE = Actor("done", 0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Protocol:
     def steps(self, s: State) -> Iterator[tuple[int | None, str, State]]:
         """Everything that can happen next, and who does it: ``None`` is the world."""
         for me, actor in enumerate(s.actors):
-            if actor.at in ("done", "dead"):
+            if actor == DONE:
                 continue
             step: Callable[[State, int, Actor], Steps] = getattr(self, actor.at)
             try:
@@ -104,7 +104,7 @@ class Protocol:
             except Violation as violation:
                 violation.who = me
                 raise
-            if actor.at not in ("look", "log_out", "log_in"):
+            if s.holder == me or actor.session is not None:
                 yield me, "dies", self.crash(s, me, actor)
         for request in s.late:
             rest = s._replace(late=s.late - {request})
@@ -117,7 +117,7 @@ class Protocol:
 
     def look(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter.get_session``: the first read, without a lock."""
-        yield "looks", _put(s, me, DONE) if s.record is None else _put(s, me, a, at="lock", seen=s.record)
+        yield "looks", _put(s, me, DONE) if s.record is None else _put(s, me, a, at="lock", seen=s.record._replace(attempt=None))
 
     def lock(self, s: State, me: int, a: Actor) -> Steps:
         """``SharedGetter._get``: the account's lock."""
@@ -142,7 +142,7 @@ class Protocol:
             return _end(s, me, a)
         if found.attempt not in (None, outwaited):
             return _put(s, me, a, at="outwait", session=found)
-        return _put(s, me, a, at="send" if "attempt" in self.without else "claim", session=found)
+        return _put(s, me, a, at="send" if "attempt" in self.without else "claim", seen=None, session=found)
 
     def claim(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter._refresh``: the attempt is written, by compare-and-set."""
@@ -184,14 +184,14 @@ class Protocol:
         """``Authority.prepare(session)()``: the server answers, cannot look at it (429, no connection), or is not
         heard of again."""
         served, answer = self.serve(s, _read(a))
-        yield f"is {answer}", _put(served, me, a, at="receive", request=answer)
-        yield "is told to come later", _put(s, me, a, at="leave", request=None)
-        late = _hurt(s, _read(a).grant)._replace(late=s.late | {_read(a)._replace(attempt=None)})
-        yield "has waited long enough", _end(late, me, a)
+        yield f"is {answer}", _put(served, me, a, at="receive", mine=None, covered=False, request=answer)
+        yield "is told to come later", _put(s, me, a, at="leave", covered=False, request=None)
+        lost = _change(self._overdue(s, a), _read(a).grant, hurt=True)
+        yield "has waited long enough", _end(lost, me, a)
 
     def receive(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter._refresh``: what came back, if it did."""
-        yield "loses the answer", _end(_hurt(s, _read(a).grant), me, a)
+        yield "loses the answer", _end(_change(s, _read(a).grant, hurt=True), me, a)
         yield from self.remove(s, me, a) if a.request == "refused" else self.keep(s, me, a)
 
     def keep(self, s: State, me: int, a: Actor) -> Steps:
@@ -286,19 +286,23 @@ class Protocol:
     def crash(self, s: State, me: int, a: Actor) -> State:
         """The process dies. What it had sent may be served later; a lock that ends with its holder is free."""
         if a.request == "sent":
-            s = s._replace(late=s.late | {_read(a)._replace(attempt=None)})
+            s = self._overdue(s, a)
         if a.session is not None and (a.request is not None or a.at == "revoke" or me >= self.workers):
-            s = _hurt(s, a.session.grant)
+            s = _change(s, a.session.grant, hurt=True)
         if s.holder == me and not self.lease:
             s = s._replace(holder=None)
-        return _put(s, me, DEAD)
+        return _put(s, me, DONE)
+
+    def _overdue(self, s: State, a: Actor) -> State:
+        request = _read(a)._replace(attempt=None)
+        return s._replace(late=s.late | {request}) if s.grants[request.grant].alive else s
 
     def lease_runs_out(self, s: State, a: Actor) -> State | None:
         """At any time but while the request is under way that it was extended for. A holder that stands still for so
         long with an answer in its hands is no better than one that has lost it."""
         if a.covered and a.request == "sent":
             return None
-        return (_hurt(s, _read(a).grant) if a.request is not None else s)._replace(holder=None)
+        return (_change(s, _read(a).grant, hurt=True) if a.request is not None else s)._replace(holder=None)
 
     def serve(self, s: State, request: Record) -> tuple[State, str]:
         """The token endpoint: a token works once, and the second use of one ends its grant."""
@@ -325,7 +329,8 @@ class Protocol:
             raise Violation("P5: a log-out is undone")
         if old is not None and (old.grant != expected.grant or old.token > (new or expected).token):
             raise Violation("P5: a newer session is overwritten or deleted")
-        return s._replace(record=new)
+        same = old is not None and new is not None and old[:2] == new[:2]
+        return s._replace(record=new, blurred=s.blurred and same)
 
     def check(self, s: State) -> None:
         """What must hold in every state: whoever reads a token that may have been sent is told so (P4)."""
@@ -338,7 +343,7 @@ class Protocol:
 
     def check_end(self, s: State) -> None:
         """What must hold when nothing can happen any more."""
-        if any(actor.at not in ("done", "dead") for actor in s.actors):
+        if any(actor != DONE for actor in s.actors):
             raise Violation("P4: a lock stays taken")
         for number, grant in enumerate(s.grants):
             kept = s.record is not None and s.record.grant == number
@@ -361,8 +366,7 @@ def _put(s: State, me: int, a: Actor, **changes: Any) -> State:
 
 
 def _change(s: State, grant: int, **changes: Any) -> State:
-    return s._replace(grants=(*s.grants[:grant], s.grants[grant]._replace(**changes), *s.grants[grant + 1 :]))
-
-
-def _hurt(s: State, grant: int) -> State:
-    return _change(s, grant, hurt=True)
+    changed = s.grants[grant]._replace(**changes)
+    # Of a grant that has ended nothing else matters: fewer states to tell apart.
+    changed = changed if changed.alive else Grant(alive=False)
+    return s._replace(grants=(*s.grants[:grant], changed, *s.grants[grant + 1 :]))

@@ -86,6 +86,11 @@ class RawClient:
         self.nonces: dict[str, str] = {}
         self.http = requests.Session()
 
+    def take_key(self, jwk: Mapping[str, Any]) -> None:
+        """Use the DPoP key of another client, a private JWK."""
+        d, x, y = (int.from_bytes(base64.urlsafe_b64decode(jwk[name] + "=")) for name in ("d", "x", "y"))
+        self.key = ec.EllipticCurvePrivateNumbers(d, ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1())).private_key()
+
     # Messages
 
     def proof(

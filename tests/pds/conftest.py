@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account
-from tests.network.raw import LoggedIn, RawClient
+from tests.network.raw import REDIRECT_URI, SCOPE, LoggedIn, RawClient
+from tests.pds.by_hand import take_over
 from tests.pds.harness import RealPDS
 from tests.pds.install import InstallError, ensure_installed, is_installed
 
@@ -42,7 +44,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _needs_pds(item: pytest.Item) -> bool:
-    return "real_pds" in getattr(item, "fixturenames", ())
+    if "real_pds" in getattr(item, "fixturenames", ()):
+        return True
+    callspec = getattr(item, "callspec", None)  # what runs against the local network as well asks for it by a parameter
+    return callspec is not None and callspec.params.get("server") == "real"
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +75,25 @@ def alice(real_pds: RealPDS, pds_account: Account) -> LoggedIn:
     alice = LoggedIn(pds_account, client, client.log_in(real_pds, pds_account))
     real_pds.proxy.reset()
     return alice
+
+
+@pytest.fixture
+def client(real_pds: RealPDS, tmp_path: Path) -> Iterator[OAuthClient]:
+    """The library, with its sessions on the disk."""
+    metadata = ClientMetadata.loopback(SCOPE, [REDIRECT_URI])
+    with OAuthClient(metadata, store=f"sqlite:///{tmp_path}/sessions.db", **real_pds.client_options()) as client:
+        yield client
+
+
+@pytest.fixture
+def session(real_pds: RealPDS, client: OAuthClient, pds_account: Account) -> OAuthSession:
+    """An account that the library has logged in; the proxy has counted nothing since."""
+    result = client.callback(real_pds.authorize(client.authorize(pds_account.handle), pds_account))
+    real_pds.proxy.reset()
+    return result.session
+
+
+@pytest.fixture
+def by_hand(client: OAuthClient, session: OAuthSession, pds_account: Account) -> LoggedIn:
+    """That session, to be used behind the library's back."""
+    return take_over(client, pds_account)

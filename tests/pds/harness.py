@@ -100,7 +100,8 @@ class RealPDS:
         return {"plc_directory": self.plc_url, "handle_resolver": self.pds_url, "allow_http": True}
 
     def authorize(self, url: str, account: Account, approve: bool = True) -> str:
-        """Sign in at the authorization URL and consent, as a person with a browser does, or refuse; the callback URL."""
+        """Sign in at the authorization URL and consent, as a person with a browser does, or refuse at once. Returns the
+        callback URL."""
         browser = _Browser(self.pds_url, url)
         if not approve:
             return browser.follow(browser.call("reject", {})["url"])

@@ -118,7 +118,7 @@ class Directory:
         handle = request.parameters.get("handle", [""])[0]
         did = self.resolve(handle)
         if did is None:
-            return Response.of_json({"error": "InvalidRequest", "message": "Unable to resolve handle"}, 400)
+            return Response.of_json({"error": "HandleNotFound", "message": "Unable to resolve handle"}, 400)
         return Response.of_json({"did": did})
 
     def _entry(self, did: str) -> _Entry:

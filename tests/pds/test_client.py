@@ -1,0 +1,205 @@
+"""The whole client against the real PDS, and beside the reference client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import pytest
+import requests
+
+from atproto_session import (
+    ClientMetadata,
+    Freshness,
+    IdentityError,
+    OAuthCallbackError,
+    OAuthClient,
+    OAuthSession,
+    Session,
+    SessionDeletedEvent,
+    SessionNotFoundError,
+    SessionUpdatedEvent,
+    TokenRefreshError,
+    TokenRevokedError,
+)
+from atproto_session.session import from_document, to_document
+from atproto_session.testing.network import Account
+from tests.core import wait_until
+from tests.crew import Crew
+from tests.network import raw
+from tests.network.raw import SCOPE, LoggedIn, error_of, tokens_of
+from tests.pds import proxy
+from tests.pds.by_hand import take_over
+from tests.pds.harness import PATIENCE, NodeClient, RealPDS
+from tests.pds.proxy import Refresh
+
+ROUNDS = 20
+PROCESSES, THREADS = 4, 8
+GET_SESSION = f"/xrpc/{raw.GET_SESSION}"
+
+
+@pytest.fixture
+def node(real_pds: RealPDS, client: OAuthClient) -> Iterator[NodeClient]:
+    """The reference client, as the same application."""
+    with real_pds.node_client(client.metadata.client_id) as node:
+        yield node
+
+
+def log_in(pds: RealPDS, client: OAuthClient, account: Account, **options: Any) -> OAuthSession:
+    return client.callback(pds.authorize(client.authorize(account.handle), account), **options).session
+
+
+def stored(client: OAuthClient, key: str) -> Session:
+    return client.sessions.get_session(key, False)
+
+
+def store_tokens(client: OAuthClient, did: str, **members: Any) -> None:
+    """Change what is recorded of the tokens, and nothing at the server."""
+    session = stored(client, did)
+    changed = replace(session, token_set=replace(session.token_set, **members))
+    assert client._store.replace(did, changed, session.token_set)
+
+
+def call(by_hand: LoggedIn) -> requests.Response:
+    return by_hand.client.call(by_hand.client.issuer, raw.GET_SESSION, by_hand.tokens.access)
+
+
+# Logging in
+
+
+@pytest.mark.duty(4, 17, 33)
+@pytest.mark.parametrize("start", ["handle", "did", "pds_url"])
+def test_an_account_logs_in(real_pds: RealPDS, client: OAuthClient, pds_account: Account, start: str) -> None:
+    given = real_pds.pds_url if start == "pds_url" else getattr(pds_account, start)
+    updates: list[SessionUpdatedEvent] = []
+    client.sessions.on_updated(updates.append)
+
+    result = client.callback(real_pds.authorize(client.authorize(given, state="mine"), pds_account))
+
+    assert result.state == "mine"
+    assert result.session.did == pds_account.did
+    assert result.session.get(GET_SESSION).json()["handle"] == pds_account.handle
+    info = result.session.token_info()
+    assert (info.sub, info.iss, info.aud) == (pds_account.did, real_pds.pds_url, real_pds.pds_url)
+    assert (set(info.scope.split()), info.expired) == (set(SCOPE.split()), False)
+    assert info.expires_at is not None
+    assert timedelta(minutes=59) < info.expires_at - datetime.now(UTC) < timedelta(minutes=61)
+    assert [update.token_set for update in updates] == [stored(client, pds_account.did).token_set]
+
+
+def test_an_unknown_handle_is_an_error(client: OAuthClient) -> None:
+    with pytest.raises(IdentityError, match="nobody.test"):
+        client.authorize("nobody.test")
+
+
+@pytest.mark.duty(31)
+def test_a_declined_log_in_is_an_error_and_cannot_be_ended_again(
+    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+) -> None:
+    url = client.authorize(pds_account.handle, state="mine")
+    callback = real_pds.authorize(url, pds_account, approve=False)
+    with pytest.raises(OAuthCallbackError, match="access_denied") as caught:
+        client.callback(callback)
+    assert caught.value.state == "mine"
+    with pytest.raises(OAuthCallbackError, match="ended already"):
+        client.callback(callback)
+    assert client.sessions.get_stored(pds_account.did) is None
+
+
+def test_fewer_scopes_may_be_asked_for(real_pds: RealPDS, client: OAuthClient, pds_account: Account) -> None:
+    url = client.authorize(pds_account.handle, scope="atproto")
+    session = client.callback(real_pds.authorize(url, pds_account)).session
+    assert session.token_info().scope == "atproto"
+
+
+# Refreshing
+
+
+@pytest.mark.duty(35)
+def test_a_refresh_replaces_both_tokens(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, by_hand: LoggedIn
+) -> None:
+    before = stored(client, session.did)
+    after = client.sessions.get_session(session.did, True)
+
+    assert not after.token_set.has_same_tokens(before.token_set)
+    assert after.is_same_grant(before)
+    assert replace(stored(client, session.did), refreshed_at=None) == replace(after, refreshed_at=None)
+    assert real_pds.proxy.refreshes() == [Refresh(by_hand.tokens.refresh, 200)]
+    refused = call(by_hand)
+    assert (refused.status_code, error_of(refused)) == (401, ("invalid_token", "Invalid token"))
+    assert session.get(GET_SESSION).status_code == 200
+
+
+def test_a_newer_token_is_the_answer_to_a_rejected_one(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, by_hand: LoggedIn
+) -> None:
+    newer = client.sessions.get_session(session.did, True)
+    real_pds.proxy.reset()
+    answer = client.sessions.get_session(session.did, rejected=by_hand.tokens.access)
+    assert answer.token_set == newer.token_set
+    assert real_pds.proxy.refreshes() == []
+
+
+@pytest.mark.duty(36)
+def test_an_expired_token_is_replaced_before_it_is_used(
+    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+) -> None:
+    with real_pds.token_lifetime(0.3):
+        session = log_in(real_pds, client, pds_account)
+    wait_until(lambda: session.token_info(refresh=False).expired)
+    real_pds.proxy.reset()
+
+    assert session.get(GET_SESSION).json()["did"] == pds_account.did
+    assert session.token_info().expired is False
+    assert len(real_pds.proxy.refreshes()) == 1
+    assert real_pds.proxy.count(GET_SESSION) == 1
+
+
+@pytest.mark.duty(40)
+def test_the_word_of_the_server_counts_for_more_than_the_clock(
+    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+) -> None:
+    with real_pds.token_lifetime(0.3):
+        session = log_in(real_pds, client, pds_account)
+    store_tokens(client, pds_account.did, expires_at=datetime.now(UTC) + timedelta(hours=1))
+    by_hand = take_over(client, pds_account)
+    wait_until(lambda: call(by_hand).status_code == 401)
+    assert error_of(call(by_hand)) == ("invalid_token", '"exp" claim timestamp check failed')
+
+    assert session.get(GET_SESSION).status_code == 200
+    assert real_pds.proxy.refreshes() == [Refresh(by_hand.tokens.refresh, 200)]
+
+
+@pytest.mark.duty(35)
+@pytest.mark.parametrize("store", ["sqlite", "json"])
+@pytest.mark.parametrize("kind", ["expired", "rejected"])
+def test_a_herd_of_threads_and_processes_refreshes_once_and_loses_no_request(
+    real_pds: RealPDS, pds_account: Account, tmp_path: Path, store: str, kind: str
+) -> None:
+    url, options = f"{store}:///{tmp_path}/sessions", real_pds.client_options()
+    metadata = ClientMetadata.loopback(SCOPE, [raw.REDIRECT_URI])
+    did = pds_account.did
+    with OAuthClient(metadata, store=url, **options) as client:
+        log_in(real_pds, client, pds_account)
+        dead = stored(client, did).token_set.access_token
+        client.sessions.get_session(did, True)
+        real_pds.proxy.reset()
+        with Crew(url, did, options, processes=PROCESSES, metadata={"client_id": metadata.client_id}) as crew:
+            for round_ in range(ROUNDS):
+                tokens = stored(client, did).token_set
+                if kind == "expired":
+                    store_tokens(client, did, expires_at=datetime.fromtimestamp(1, UTC))
+                else:
+                    # What died when it was replaced, and what an unlucky worker may still believe in.
+                    store_tokens(client, did, access_token=dead)
+                dead = tokens.access_token
+                assert set(crew.do("request", threads=THREADS)) == {did}
+                assert len(real_pds.proxy.refreshes()) == round_ + 1
+    assert {refresh.status for refresh in real_pds.proxy.refreshes()} == {200}
+    assert len(set(real_pds.proxy.refresh_tokens())) == ROUNDS

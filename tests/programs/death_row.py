@@ -1,0 +1,209 @@
+"""Processes that are there to be killed.
+
+This one reads orders, one JSON object a line, and forks a child for each, which is much faster than to start it: all
+modules are loaded, and no thread runs yet. The child tells what becomes of it, one JSON object a line:
+
+``{"pid": ...}``
+    it begins;
+``{"at": "before send"}``
+    it has come to the step at which the order tells it to stop (``stop_at``, counted from 0), and stands still there;
+``{"done": ..., "errors": [...]}``
+    it has come to its end.
+
+Then this process tells how it ended: ``{"ended": -9}``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dns.resolver  # noqa: F401 - loaded before the fork, as is what follows
+import filelock  # noqa: F401
+from cryptography.fernet import Fernet  # noqa: F401
+
+from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, TokenRefreshError
+from atproto_session.locks.files import _FileHold
+from atproto_session.stores import FullStore, open_store, rotate_encryption
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        if (pid := os.fork()) == 0:
+            say({"pid": os.getpid()})
+            done, errors = WORK[order["do"]](order, Steps(order.get("stop_at")))
+            say({"done": done, "errors": errors})
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        say({"ended": os.waitstatus_to_exitcode(status)})
+
+
+def say(message: dict[str, Any]) -> None:
+    # In one piece: a message is shorter than what a pipe takes at once.
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def stand_still() -> None:
+    """Until whoever started all this has gone."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+class Steps:
+    """The steps of one piece of work, and where it has to stop."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self._left = stop_at
+        self.counting = False
+
+    def __call__(self, name: str) -> None:
+        if not self.counting or self._left is None:
+            return
+        if self._left == 0:
+            say({"at": name})
+            stand_still()
+        self._left -= 1
+
+    def around(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
+        def stepped(*arguments: Any, **options: Any) -> T:
+            self(f"before {name}")
+            result = function(*arguments, **options)
+            self(f"after {name}")
+            return result
+
+        return stepped
+
+    def watch_system(self) -> None:
+        """Step at what changes files."""
+        for name in ("open", "fsync", "replace", "unlink"):
+            setattr(os, name, self._around_file(name, getattr(os, name)))
+        fcntl.flock = self.around("flock", fcntl.flock)
+        steps = self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+                return steps.around(sql.split()[0], super().execute)(sql, *arguments)
+
+        sqlite3.connect = partial(sqlite3.connect, factory=Connection)
+
+    def watch_store(self, store: FullStore) -> None:
+        """Step at what a store and its locks are asked to do."""
+        for name in ("get", "set", "replace", "delete"):
+            setattr(store, name, self.around(f"{name} in store", getattr(store, name)))
+        take = store.logins.take
+        hold = store.locks.hold
+
+        @contextmanager
+        def held(key: str, **options: Any) -> Iterator[Any]:
+            self("before lock")
+            with hold(key, **options) as lock:
+                self("after lock")
+                yield lock
+                self("before unlock")
+            self("after unlock")
+
+        store.logins.take = self.around("take log-in", take)  # type: ignore[method-assign]
+        store.locks.hold = held  # type: ignore[method-assign]
+        _FileHold.extend = self.around("extend", _FileHold.extend)  # type: ignore[method-assign]
+
+    def watch_authority(self, client: OAuthClient) -> None:
+        """Step at what the authorization server is asked."""
+        authority = client._authority
+        prepare = authority.prepare
+
+        def prepared(session: Session) -> Callable[[], Session]:
+            return self.around("send", self.around("prepare", prepare)(session))
+
+        authority.prepare = prepared  # type: ignore[method-assign]
+        authority.revoke = self.around("revoke", authority.revoke)  # type: ignore[method-assign]
+
+    def _around_file(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
+        def stepped(file: Any, *arguments: Any, **options: Any) -> T:
+            what = name if isinstance(file, int) else f"{name} in {Path(file).parent.name}"
+            return self.around(what, function)(file, *arguments, **options)
+
+        return stepped
+
+
+Outcome = tuple[int, list[str]]
+
+
+def refresh(order: dict[str, Any], steps: Steps) -> Outcome:
+    client = open_client(order, steps)
+    client.sessions.get_session(order["did"], True)
+    return 1, []
+
+
+def log_in(order: dict[str, Any], steps: Steps) -> Outcome:
+    open_client(order, steps).callback(order["callback"])
+    return 1, []
+
+
+def log_out(order: dict[str, Any], steps: Steps) -> Outcome:
+    open_client(order, steps).revoke(order["did"])
+    return 1, []
+
+
+def rotate(order: dict[str, Any], steps: Steps) -> Outcome:
+    steps.watch_system()
+    store = open_store(order["store"], encryption_keys=order["encryption_keys"])
+    steps.watch_store(store)
+    steps.counting = True
+    return rotate_encryption(store), []
+
+
+def hammer(order: dict[str, Any], steps: Steps) -> Outcome:
+    """Refresh with several threads, over and over, until told to stop or the session is over."""
+    client = open_client(order, steps)
+    refreshes: list[str] = []
+    errors: list[str] = []
+    enough = threading.Event()
+
+    def work(did: str) -> None:
+        while not enough.is_set():
+            try:
+                refreshes.append(client.sessions.get_session(did, True).token_set.access_token)
+            except SessionError as error:
+                lost = " of a lost answer" if isinstance(error, TokenRefreshError) and error.answer_lost else ""
+                errors.append(type(error).__name__ + lost)
+                if error.login_required:
+                    return
+
+    threads = [threading.Thread(target=work, args=(did,)) for did in order["dids"] for _ in range(order["threads"])]
+    for thread in threads:
+        thread.start()
+    say({"hammering": True})
+    if not os.read(0, 1):
+        os._exit(1)
+    enough.set()
+    for thread in threads:
+        thread.join()
+    return len(refreshes), errors
+
+
+WORK = {"refresh": refresh, "log-in": log_in, "log-out": log_out, "rotate": rotate, "hammer": hammer}
+
+
+def open_client(order: dict[str, Any], steps: Steps) -> OAuthClient:
+    steps.watch_system()
+    client = OAuthClient(ClientMetadata.loopback(), store=order["store"], **order["options"])
+    steps.watch_store(client._store)
+    steps.watch_authority(client)
+    steps.counting = True
+    return client
+
+
+if __name__ == "__main__":
+    main()

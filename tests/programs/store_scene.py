@@ -1,0 +1,270 @@
+"""A refresh that is stopped where the test wants it, and a second client that comes in between.
+
+On the local network, over stores in files: within one client, or between two that have nothing but a path in common.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
+
+from atproto_session import ClientMetadata, OAuthClient, Session, TokenSet, open_store
+from atproto_session.locks import Hold, LockKind, Locks
+from atproto_session.stores import FullStore
+from atproto_session.testing.network import Account, Fault, LocalNetwork
+
+from ..core import SOON, Worker
+
+GET_SESSION = "/xrpc/com.atproto.server.getSession"
+
+#: Where a refresh can be stopped, in their order. From the third on its request has left.
+INSTANTS = ["before the attempt", "before the last look", "request sent", "answer under way", "before the store"]
+SENT = INSTANTS[2:]
+PROCESSED = INSTANTS[3:]
+
+
+# Stopping at an instant
+
+
+class Pause:
+    """Stops the first thread that comes to ``step``, or to any step, after letting so many pass.
+
+    :param error: raised in that thread when it goes on.
+    """
+
+    def __init__(self, step: str | None = None, after: int = 0, error: Exception | None = None) -> None:
+        self.error = error
+        self.reached = threading.Event()
+        self.release = threading.Event()
+        self._step = step
+        self._after = after
+
+    def is_due(self, step: str) -> bool:
+        if self._step not in (None, step):
+            return False
+        self._after -= 1
+        return self._after < 0
+
+    def wait_until_reached(self) -> None:
+        assert self.reached.wait(SOON)
+
+    @classmethod
+    def at(cls, fault: Fault) -> Pause:
+        pause = cls()
+        pause.reached, pause.release = fault.fired, fault.release
+        return pause
+
+
+class Steps:
+    """What a client does to its store and its locks, step by step."""
+
+    def __init__(self) -> None:
+        self._pauses: list[Pause] = []
+        self._mutex = threading.Lock()
+
+    def pause(self, step: str | None = None, *, after: int = 0, error: Exception | None = None) -> Pause:
+        """Stop the next who comes to this step."""
+        pause = Pause(step, after, error)
+        with self._mutex:
+            self._pauses.append(pause)
+        return pause
+
+    def signal(self, step: str | None = None, *, after: int = 0) -> threading.Event:
+        """Set when somebody comes to this step, who is not stopped."""
+        pause = self.pause(step, after=after)
+        pause.release.set()
+        return pause.reached
+
+    def come_to(self, step: str) -> None:
+        with self._mutex:
+            due = [pause for pause in self._pauses if pause.is_due(step)]
+            self._pauses = [pause for pause in self._pauses if pause not in due]
+        for pause in due:
+            pause.reached.set()
+            assert pause.release.wait(SOON)
+            if pause.error is not None:
+                raise pause.error
+
+    def let_go(self) -> None:
+        """Forget the pauses that nobody came to."""
+        with self._mutex:
+            self._pauses.clear()
+
+
+class WatchedStore:
+    """``store``, which tells ``steps`` of every call before and after it."""
+
+    def __init__(self, store: FullStore, steps: Steps, locks: Locks | None = None) -> None:
+        self._store = store
+        self._steps = steps
+        self.locks: Locks = WatchedLocks(locks or store.locks, steps)
+        self.logins = store.logins
+
+    def get(self, key: str) -> Session | None:
+        self._steps.come_to("get")
+        return self._store.get(key)
+
+    def set(self, key: str, session: Session) -> None:
+        self._steps.come_to("set")
+        self._store.set(key, session)
+        self._steps.come_to("after set")
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        step = "delete" if session is None else "store" if session.attempt is None else "attempt"
+        self._steps.come_to(step)
+        done = self._store.replace(key, session, expected)
+        self._steps.come_to(f"after {step}")
+        return done
+
+    def delete(self, key: str) -> None:
+        self._store.delete(key)
+
+    def clear(self) -> None:
+        self._steps.come_to("clear")
+        self._store.clear()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class WatchedLocks:
+    def __init__(self, locks: Locks, steps: Steps) -> None:
+        self._locks = locks
+        self._steps = steps
+
+    @property
+    def kind(self) -> LockKind:
+        return self._locks.kind
+
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> AbstractContextManager[Hold]:
+        self._steps.come_to("lock")
+        return self._locks.hold(name, timeout=timeout, cancel=cancel)
+
+
+# The scene
+
+
+class Scene:
+    """An account, a client ``one`` that refreshes its session, and a client ``other`` that comes in between.
+
+    :param url: the store that they share.
+    :param alone: both are the same client.
+    :param hasty: their log-outs and log-ins do not wait for a refresh under way.
+    :param locks: by default those of the store.
+    """
+
+    def __init__(
+        self,
+        network: LocalNetwork,
+        url: str,
+        closing_: ExitStack,
+        *,
+        alone: bool = False,
+        hasty: bool = False,
+        locks: Callable[[], Locks] | None = None,
+    ) -> None:
+        def new_client() -> tuple[OAuthClient, Steps, FullStore]:
+            steps, opened = Steps(), closing_.enter_context(closing(open_store(url)))
+            store = WatchedStore(opened, steps, locks and locks())
+            timeout = 0.001 if hasty else SOON
+            metadata = ClientMetadata.loopback()
+            client = OAuthClient(metadata, store=store, timeout=timeout, **network.client_options())
+            return closing_.enter_context(client), steps, opened
+
+        self.network = network
+        self.account: Account = network.create_account()
+        self.did = self.account.did
+        self.one, self.steps, self.store = new_client()
+        self.other, self.other_steps, _ = (self.one, self.steps, self.store) if alone else new_client()
+
+    @property
+    def stored(self) -> Session | None:
+        return self.store.get(self.did)
+
+    def log_in(self, session_id: str | None = None) -> Session:
+        self.come_back(self.one, self.go_to_browser(self.one), session_id)
+        return present(self.store.get(self.did if session_id is None else f"{self.did}#{session_id}"))
+
+    def go_to_browser(self, client: OAuthClient) -> str:
+        return self.network.authorize(client.authorize(self.did), self.account)
+
+    def come_back(self, client: OAuthClient, callback: str, session_id: str | None = None) -> Session:
+        """Returns what was stored by this log-in, whatever is stored now."""
+        sessions: list[Session] = []
+        stop = client.sessions.on_updated(
+            lambda event: sessions.append(Session(event.dpop_key, event.auth_method, event.token_set))
+        )
+        client.callback(callback, session_id=session_id)
+        stop()
+        return sessions[-1]
+
+    def pause(self, instant: str) -> Pause:
+        """Stop the next refresh by ``one`` there."""
+        if instant == "before the attempt":
+            return Pause.at(self.network.fault("plc", "hold"))
+        if instant == "before the last look":
+            return self.steps.pause("after attempt")
+        if instant == "before the store":
+            return self.steps.pause("store")
+        return Pause.at(self.network.fault("refresh", "hold" if instant == "request sent" else "late"))
+
+    def refresh(self, client: OAuthClient | None = None, key: str | None = None) -> Worker:
+        sessions = (client or self.one).sessions
+        return Worker(lambda: sessions.get_session(key or self.did, True, timeout=SOON))
+
+    def overlap(self, instant: str, intrusion: Callable[[], object], *, waits_at: str | None = None) -> Worker:
+        """Begin a refresh, let ``intrusion`` happen at that instant, and return the refresh, which goes on.
+
+        :param waits_at: the step at which the intrusion waits for the refresh; ``None`` if it does not wait at all.
+        """
+        pause = self.pause(instant)
+        refresh = self.refresh()
+        pause.wait_until_reached()
+        if waits_at is None:
+            intrusion()
+            pause.release.set()
+        else:
+            waiting = self.other_steps.signal(waits_at)
+            intruder = Worker(intrusion)
+            assert waiting.wait(SOON)
+            pause.release.set()
+            intruder.outcome()
+        return refresh
+
+    # What must be true
+
+    def uses_of(self, session: Session) -> int:
+        return self.network.refresh_token_uses[session.token_set.refresh_token or ""]
+
+    def is_over(self, session: Session) -> bool:
+        """Whether the server has ended the grant."""
+        info = self.network.session_of(session.token_set.refresh_token or "")
+        assert info is not None
+        return info.revoked
+
+    def check_spent_once(self) -> None:
+        assert set(self.network.refresh_token_uses.values()) <= {1}
+        assert self.network.replays == 0
+
+    def check_works(self, session: Session | None, session_id: str | None = None) -> None:
+        """``session`` is what is stored, and it is good as it is."""
+        key = self.did if session_id is None else f"{self.did}#{session_id}"
+        assert session is not None
+        assert tokens_of(present(self.store.get(key))) == tokens_of(session)
+        rotations = self.network.rotations
+        account = self.one.restore(self.did, False, session_id=session_id)
+        assert account.get(GET_SESSION).json()["did"] == self.did
+        assert self.network.rotations == rotations
+
+
+def present(session: object) -> Session:
+    assert isinstance(session, Session)
+    return session
+
+
+def tokens_of(session: Session) -> tuple[str, str | None]:
+    return session.token_set.access_token, session.token_set.refresh_token

@@ -1,0 +1,365 @@
+"""Processes that are killed, at every step of what they do and at no particular one. Whoever comes next finds a store
+that can be read, a lock that is free, and a record that tells what may have been lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.fernet import Fernet
+
+from atproto_session import (
+    ClientMetadata,
+    OAuthCallbackError,
+    OAuthClient,
+    Session,
+    SessionNotFoundError,
+    StoreError,
+    TokenRefreshError,
+)
+from atproto_session.session import Attempt
+from atproto_session.stores import open_store, rotate_encryption
+from atproto_session.testing.network import LocalNetwork
+from atproto_session.testing.network.wire import ConnectionCut, Request, Response
+
+from .core import DID, SOON, make_session, wait_until
+from .crew import ROOT
+
+
+class DeathRow:
+    """A process of :mod:`tests.programs.death_row`, and the child of it that lives at the moment."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.programs.death_row"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        self._child = 0
+
+    def start(self, **order: Any) -> None:
+        """Have a child carry out ``order``."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+        self._child = self.hear()["pid"]
+
+    def stop(self) -> dict[str, Any]:
+        """Have a child that hammers come to its end; what it says about it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        return self.end()
+
+    def end(self) -> dict[str, Any]:
+        """What a child that needs nothing more says at its end."""
+        answer = self.hear()
+        assert "done" in answer, answer
+        assert self.hear() == {"ended": 0}
+        return answer
+
+    def kill(self) -> None:
+        """Kill the child. When this returns, nothing of it is left."""
+        os.kill(self._child, signal.SIGKILL)
+        while "ended" not in (answer := self.hear()):
+            pass
+        assert answer == {"ended": -signal.SIGKILL}
+
+    def kill_at(self, step: int, **order: Any) -> str | None:
+        """Have a child carry out ``order`` and kill it at this step. Returns the step's name, or ``None`` if the child
+        came to its end before."""
+        self.start(stop_at=step, **order)
+        answer = self.hear()
+        if "done" in answer:
+            assert answer["errors"] == []
+            assert self.hear() == {"ended": 0}
+            return None
+        self.kill()
+        return str(answer["at"])
+
+    def hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process of the children ended"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(SOON)
+
+
+@pytest.fixture(scope="module")
+def row() -> Iterator[DeathRow]:
+    with closing(DeathRow()) as row:
+        yield row
+
+
+@pytest.fixture(scope="module")
+def another_row() -> Iterator[DeathRow]:
+    with closing(DeathRow()) as row:
+        yield row
+
+
+class Scene:
+    """A store that the victims share with others, an account, and what becomes of it.
+
+    :ivar witness: a client that has been there all the time.
+    :ivar lost: the refresh tokens that were used twice, as they may be after an answer was lost.
+    """
+
+    def __init__(self, network: LocalNetwork, url: str) -> None:
+        self.network = network
+        self.url = url
+        self.account = network.create_account()
+        self.did = self.account.did
+        self.witness = OAuthClient(ClientMetadata.loopback(), store=url, **network.client_options())
+        self.lost: set[str] = set()
+        self.had_leftovers = False
+        self.log_in()
+
+    @property
+    def order(self) -> dict[str, Any]:
+        return {"store": self.url, "options": self.network.client_options(), "did": self.did}
+
+    def log_in(self) -> str:
+        self.witness.callback(self.callback_url())
+        return self.refresh_token()
+
+    def callback_url(self) -> str:
+        return self.network.authorize(self.witness.authorize(self.did), self.account)
+
+    def stored(self) -> Session:
+        session = self.witness.sessions.get_stored(self.did)
+        assert session is not None
+        return session
+
+    def refresh_token(self) -> str:
+        token = self.stored().token_set.refresh_token
+        assert token is not None
+        return token
+
+    @contextmanager
+    def aftermath(self) -> Iterator[OAuthClient]:
+        """What has to be true after every death, and a client that comes new to the store."""
+        self.settle()
+        leftovers = Path(self.url.removeprefix("json:///")) / "writing"
+        self.had_leftovers = self.had_leftovers or (leftovers.is_dir() and any(leftovers.iterdir()))
+        with closing(open_store(self.url)) as store:
+            assert not leftovers.is_dir() or not any(leftovers.iterdir())
+            with store.locks.hold(self.did, timeout=0):
+                pass
+            assert set(store) <= {self.did}
+            left = store.get(self.did)
+            assert self.witness.sessions.get_stored(self.did) == left
+            assert set(store) == (set() if left is None else {self.did})
+            yield OAuthClient(ClientMetadata.loopback(), store=store, **self.network.client_options())
+
+    def settle(self) -> None:
+        """Until the servers have done whatever the dead have asked for."""
+        listeners = self.network._listeners
+        wait_until(lambda: not any(listener._server._connections for listener in listeners))
+
+    def refresh_after_death(self) -> str:
+        """What the record says after a death in a refresh, and that the next worker finds it to be so: ``"unspent"``
+        if its token works, ``"lost"`` if the answer is."""
+        with self.aftermath() as successor:
+            left = self.stored()
+            token = self.refresh_token()
+            spent = not self.is_current(token)
+            assert self.network.refresh_token_uses[token] == spent
+            if spent:
+                assert left.attempt is not None
+            if left.attempt is not None:
+                self.check_that_the_cautious_give_up(left)
+            if not spent:
+                assert successor.sessions.get_session(self.did, True, timeout=SOON) == self.stored()
+                assert self.is_current(self.refresh_token())
+                assert self.network.refresh_token_uses[token] == 1
+                return "unspent"
+            with pytest.raises(TokenRefreshError) as caught:
+                successor.sessions.get_session(self.did, True, timeout=SOON)
+            assert caught.value.answer_lost
+            assert caught.value.login_required
+            assert successor.sessions.get_stored(self.did) is None
+            self.lost.add(token)
+            return "lost"
+
+    def check_that_the_cautious_give_up(self, left: Session) -> None:
+        """With ``on_interrupted="fail"``: without a request, and the record stays."""
+        cautious = OAuthClient(
+            ClientMetadata.loopback(), store=self.url, on_interrupted="fail", **self.network.client_options()
+        )
+        requests = self.network.token_requests
+        with closing(cautious), pytest.raises(TokenRefreshError) as caught:
+            cautious.sessions.get_session(self.did, True, timeout=SOON)
+        assert caught.value.answer_lost
+        assert self.network.token_requests == requests
+        assert self.stored() == left
+
+    def is_current(self, token: str) -> bool:
+        info = self.network.session_of(token)
+        return info is not None and info.current
+
+    def check_uses(self) -> None:
+        """No refresh token was used twice, except where it is known to be lost."""
+        uses = self.network.refresh_token_uses
+        assert {token for token, count in uses.items() if count > 1} == self.lost
+        assert all(uses[token] == 2 for token in self.lost)
+        assert self.network.replays == len(self.lost)
+
+    def close(self) -> None:
+        self.witness.close()
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def scene(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Iterator[Scene]:
+    with closing(Scene(network, f"{request.param}:///{tmp_path}/sessions")) as scene:
+        yield scene
+        scene.check_uses()
+
+
+# At every step
+
+
+def test_killed_at_every_step_of_a_refresh(scene: Scene, row: DeathRow) -> None:
+    became: dict[str, list[str]] = {"unspent": [], "lost": [], "stored": []}
+    order = []
+    before = scene.refresh_token()
+    while (step := row.kill_at(sum(map(len, became.values())), do="refresh", **scene.order)) is not None:
+        if scene.refresh_token() != before:
+            assert scene.witness.sessions.get_session(scene.did) == scene.stored()
+            assert scene.refresh_after_death() == "unspent"
+            outcome = "stored"
+        else:
+            outcome = scene.refresh_after_death()
+        became[outcome].append(step)
+        order.append(outcome)
+        before = scene.log_in() if outcome == "lost" else scene.refresh_token()
+    assert order == sorted(order, key=list(became).index)
+    assert "before send" in became["unspent"]
+    assert "after replace in store" in became["unspent"]
+    assert became["lost"][0] == "after send"
+    assert "before replace in store" in became["lost"]
+    assert "after replace in store" in became["stored"]
+    assert became["stored"][-1] == "after unlock"
+    assert min(map(len, became.values())) >= 3
+    if scene.url.startswith("json"):
+        assert scene.had_leftovers
+
+
+def test_killed_at_every_step_of_storing_a_log_in(scene: Scene, row: DeathRow) -> None:
+    """In the place of an older session, or of none: the one or the other is there, whole; and a log-in whose state was
+    taken out cannot be ended again."""
+    became = set()
+    number = 0
+    while True:
+        before = scene.stored() if number % 3 else None
+        if before is None:
+            scene.witness.sessions._store.delete(scene.did)
+        callback = scene.callback_url()
+        step = row.kill_at(number, do="log-in", callback=callback, **scene.order)
+        if step is None:
+            break
+        number += 1
+        with scene.aftermath() as successor:
+            left = successor.sessions.get_stored(scene.did)
+            try:
+                successor.callback(callback)
+                taken = False
+            except OAuthCallbackError:
+                taken = True
+            if left == before:
+                became.add("gone" if taken else "pending")
+            else:
+                assert taken
+                assert left is not None
+                assert before is None or not left.is_same_grant(before)
+                became.add("stored")
+            if left is not None:
+                assert left.attempt is None
+            if successor.sessions.get_stored(scene.did) is not None:
+                successor.sessions.get_session(scene.did, True, timeout=SOON)
+            else:
+                assert taken
+                scene.log_in()
+    assert number >= 15
+    assert became == {"pending", "gone", "stored"}
+
+
+def test_killed_at_every_step_of_a_log_out(scene: Scene, row: DeathRow) -> None:
+    """As long as the session is there it works; only when it is gone is it ended at its server."""
+    became = []
+    before = scene.stored()
+    while (step := row.kill_at(len(became), do="log-out", **scene.order)) is not None:
+        with scene.aftermath() as successor:
+            left = successor.sessions.get_stored(scene.did)
+            if left is None:
+                became.append("gone")
+                with pytest.raises(SessionNotFoundError):
+                    successor.sessions.get_session(scene.did)
+                ended = not scene.is_current(before.token_set.refresh_token or "")
+                assert ended == (step in ("before unlock", "after unlock") and False) or step == "after revoke"
+                scene.log_in()
+            else:
+                assert left == before
+                became.append("there")
+                successor.sessions.get_session(scene.did, True, timeout=SOON)
+            before = scene.stored()
+    assert became == sorted(became, reverse=True)
+    assert set(became) == {"there", "gone"}
+    assert len(became) >= 10
+    assert scene.witness.sessions.get_stored(scene.did) is None
+    assert not scene.is_current(before.token_set.refresh_token or "")
+
+
+@pytest.mark.parametrize("kind", ["json", "sqlite"])
+def test_killed_at_every_step_of_a_rotation_of_encryption_keys(kind: str, row: DeathRow, tmp_path: Path) -> None:
+    """Every record is readable all the time, the trace of a refresh in it, and the rotation can be begun again."""
+    url = f"{kind}:///{tmp_path}/sessions"
+    old, new = Fernet.generate_key().decode(), Fernet.generate_key().decode()
+    attempt = Attempt("a1", "a worker", 1.0, 2.0, 1)
+    sessions = {DID: make_session(1), f"{DID}#2": make_session(2, attempt=attempt)}
+    step: str | None = "none yet"
+    number = 0
+    while step is not None:
+        with closing(open_store(url, encryption_keys=[old])) as store:
+            for key, session in sessions.items():
+                store.set(key, session)
+        sessions = stored_at(url, old)
+        step = row.kill_at(number, do="rotate", store=url, encryption_keys=[new, old])
+        number += 1
+        with closing(open_store(url, encryption_keys=[new, old])) as store:
+            assert {key: store.get(key) for key in store} == sessions
+            for key in sessions:
+                with store.locks.hold(key, timeout=0):
+                    pass
+            if step is not None and number % 8 == 0:
+                assert rotate_encryption(store) == len(sessions)
+                step = None if False else step
+                assert stored_at(url, new) == sessions
+    assert stored_at(url, new) == sessions
+    with pytest.raises(StoreError):
+        stored_at(url, old)
+    assert number > 20
+
+
+def stored_at(url: str, key: str) -> dict[str, Session | None]:
+    with closing(open_store(url, encryption_keys=[key])) as store:
+        return {name: store.get(name) for name in store}

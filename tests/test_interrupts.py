@@ -1,0 +1,241 @@
+"""What strikes a caller while its refresh is under way: signals, time limits, the end of the program, listeners.
+
+Each happens in a real process, once the request is out. Whatever it is, the new tokens reach the store, and the next
+process goes on with them.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from atproto_session import ClientMetadata, OAuthClient
+from atproto_session.testing.network import LocalNetwork
+
+from .core import SOON
+from .crew import ROOT
+
+GET_SESSION = "/xrpc/com.atproto.server.getSession"
+#: How long a process is watched for ending before it may, in seconds. A library that lets it passes no test by luck:
+#: its process needs a few milliseconds to end.
+WATCHED = 0.25
+
+
+class Scene:
+    """An account that is logged in, in a store that processes share."""
+
+    def __init__(self, network: LocalNetwork, store: str) -> None:
+        self.network = network
+        self.store = store
+        account = network.create_account()
+        self.did = account.did
+        with self.client() as client:
+            client.callback(network.authorize(client.authorize(account.did), account))
+            self.before = client.sessions.get_session(self.did).token_set
+
+    def client(self) -> OAuthClient:
+        return OAuthClient(ClientMetadata.loopback(), store=self.store, **self.network.client_options())
+
+    def check_that_it_was_refreshed_once(self) -> None:
+        """And that the next process goes on with what is stored: this one, which had no part in the refresh."""
+        assert self.network.refresh_token_uses == {self.before.refresh_token: 1}
+        with self.client() as client:
+            stored = client.sessions.get_session(self.did, False)
+            assert stored.attempt is None
+            assert stored.token_set.refresh_token != self.before.refresh_token
+            session = client.restore(self.did)
+            assert session.get(GET_SESSION).status_code == 200
+            assert self.network.rotations == 1, "what is stored is good as it is"
+            assert client.restore(self.did, refresh=True).get(GET_SESSION).status_code == 200
+        assert set(self.network.refresh_token_uses.values()) == {1}
+        assert (self.network.replays, self.network.revocations) == (0, 0)
+
+
+class Program:
+    """A process of :mod:`tests.programs`, talked to line by line. Ended at the end of the block, if need be."""
+
+    def __init__(self, scene: Scene, name: str, *arguments: str, **setup: Any) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"tests.programs.{name}", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        setup |= {"store": scene.store, "did": scene.did, "options": scene.network.client_options()}
+        self.say(json.dumps(setup))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+    def say(self, line: str = "go on") -> None:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+
+    def hear(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"it ended: {self._process.communicate()[1]}"
+        return line.rstrip("\n")
+
+    def strike(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def check_that_it_waits(self) -> None:
+        with pytest.raises(subprocess.TimeoutExpired):
+            self._process.wait(WATCHED)
+
+    def end(self) -> tuple[int, str]:
+        """Wait until it has ended by itself. Its return code, and what it wrote to standard error."""
+        errors = self._process.communicate(timeout=SOON)[1]
+        return self._process.returncode, errors
+
+
+@pytest.fixture(params=["sqlite", "json"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{request.param}:///{tmp_path}/sessions"
+
+
+@pytest.fixture
+def scene(network: LocalNetwork, store: str) -> Scene:
+    return Scene(network, store)
+
+
+@pytest.fixture
+def quick_network() -> Iterator[LocalNetwork]:
+    """Tokens of which hardly one is used twice."""
+    with LocalNetwork(access_token_lifetime=1.0) as network:
+        yield network
+
+
+# The end of the program
+
+
+@pytest.mark.parametrize("action", ["late", "hold"])
+@pytest.mark.parametrize(
+    ("number", "error", "returned"),
+    [(signal.SIGINT, "KeyboardInterrupt", -signal.SIGINT), (signal.SIGTERM, "SystemExit", 128 + signal.SIGTERM)],
+)
+def test_a_signal_that_ends_the_program(
+    number: signal.Signals, error: str, returned: int, action: str, scene: Scene
+) -> None:
+    fault = scene.network.fault("refresh", action)
+    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+        assert fault.fired.wait(SOON)
+        program.strike(number)
+        assert program.hear() == error, "the caller is gone"
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end()[0] == returned
+    scene.check_that_it_was_refreshed_once()
+
+
+@pytest.mark.parametrize(
+    ("way", "returned"), [("exits_with_a_daemon_thread_waiting", 0), ("exits_with_a_thread_waiting", 3)]
+)
+def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "interrupt_refresh", way) as program:
+        assert fault.fired.wait(SOON)
+        program.say()
+        assert program.hear() == "leaving"
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end()[0] == returned
+    scene.check_that_it_was_refreshed_once()
+
+
+def test_a_thread_that_dies(scene: Scene) -> None:
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "interrupt_refresh", "thread_dies") as program:
+        assert fault.fired.wait(SOON)
+        program.say()
+        assert [program.hear(), program.hear()] == ["SystemExit", "dead"]
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end() == (0, "")
+    scene.check_that_it_was_refreshed_once()
+
+
+# The program goes on
+
+
+@pytest.mark.parametrize(
+    ("way", "error"),
+    [("at_its_time_limit", "TimeLimit"), ("raised_in_a_thread", "TimeLimit"), ("cancelled", "CancelledError")],
+)
+def test_a_caller_that_is_called_away(way: str, error: str, scene: Scene) -> None:
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "interrupt_refresh", way) as program:
+        assert fault.fired.wait(SOON)
+        program.say()
+        assert program.hear() == error
+        fault.release.set()
+        assert program.hear() == "used: 200"
+        assert program.end() == (0, "")
+    scene.check_that_it_was_refreshed_once()
+
+
+def test_a_caller_whose_time_is_over(scene: Scene) -> None:
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "interrupt_refresh", "out_of_time") as program:
+        while program.hear() == "LockTimeoutError" and not fault.fired.is_set():
+            program.say("again")
+        program.say("enough")
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end() == (0, "")
+    scene.check_that_it_was_refreshed_once()
+
+
+@pytest.mark.parametrize(
+    ("way", "logged"), [("listener_fails", "a bug of the application's own"), ("listener_exits", "SystemExit: 1")]
+)
+def test_a_listener_that_raises(way: str, logged: str, scene: Scene) -> None:
+    with Program(scene, "interrupt_refresh", way) as program:
+        assert [program.hear() for _ in range(4)] == ["told", "told as well", "refreshed", "used: 200"]
+        returned, errors = program.end()
+    assert returned == 0
+    assert logged in errors
+    scene.check_that_it_was_refreshed_once()
+
+
+# At random
+
+
+STRIKES = 150
+
+
+def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
+    scene = Scene(quick_network, store)
+    with Program(scene, "interrupt_burst", seed="burst", times=STRIKES) as program:
+        report = json.loads(program.hear())
+        with scene.client() as client:
+            client.restore(scene.did, refresh=True)  # no lock is left taken: the process is still there
+        program.say()
+        assert program.end()[0] == 0
+    assert report["errors"] == {}
+    assert report["alive"] == []
+    assert report["struck"]["main"] >= STRIKES
+    assert report["struck"]["threads"] >= STRIKES / 2
+    uses = quick_network.refresh_token_uses
+    assert set(uses.values()) == {1}
+    assert quick_network.rotations == len(uses) >= STRIKES / 4
+    assert (quick_network.replays, quick_network.revocations) == (0, 0)
+    with scene.client() as client:
+        stored = client.sessions.get_session(scene.did)
+        assert stored.attempt is None
+        assert client.restore(scene.did).get(GET_SESSION).status_code == 200
