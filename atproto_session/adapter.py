@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import queue
 import socket
 import sys
 import threading
@@ -249,12 +250,37 @@ class _TLSConnection(_Connection, HTTPSConnection):
     pass
 
 
+class _Idle(queue.LifoQueue[Any]):
+    """The idle connections of a pool, without the lock of urllib3's own queue. Another thread may hold that when a
+    process forks, and the child, where nobody releases it, would stop for ever when it drops the pool or exits."""
+
+    def __init__(self, maxsize: int = 0) -> None:
+        self._maxsize = maxsize
+        self._connections: list[Any] = []  # whose append and pop are atomic
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        try:
+            return self._connections.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if len(self._connections) >= self._maxsize:
+            raise queue.Full
+        self._connections.append(item)
+
+    def qsize(self) -> int:
+        return len(self._connections)
+
+
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Connection
+    QueueCls = _Idle
 
 
 class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _TLSConnection
+    QueueCls = _Idle
 
 
 _POOLS = {"http": _Pool, "https": _TLSPool}

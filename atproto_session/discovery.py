@@ -14,6 +14,8 @@ from .transport import Transport, UnusableResponse
 from .urls import check_origin, check_url, origin
 
 _CACHE_ENTRIES = 1000
+_PROTECTED_RESOURCE = "/.well-known/oauth-protected-resource"
+_AUTHORIZATION_SERVER = "/.well-known/oauth-authorization-server"
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,8 @@ class Discovery:
         :raises DiscoveryError: there is none, or the PDS cannot say; ``retryable`` if it may later.
         """
         pds = self._origin(pds_url)
-        document = self._get(f"{pds}/.well-known/oauth-protected-resource", fresh=fresh)
-        what = f"the OAuth metadata of the PDS {pds}"
-        if document.get("resource") != pds:
-            raise DiscoveryError(f"{what} are those of another server")
-        servers = document.get("authorization_servers")
-        if not isinstance(servers, list) or len(servers) != 1:
-            raise DiscoveryError(f"{what} do not name exactly one authorization server")
-        try:
-            return check_origin(servers[0], allow_http=self._allow_http)
-        except ValueError as error:
-            raise DiscoveryError(f"the authorization server in {what} {error}") from None
+        document = self._get(f"{pds}{_PROTECTED_RESOURCE}", fresh=fresh)
+        return _issuer_in(document, pds, allow_http=self._allow_http)
 
     def metadata(self, issuer: str, *, fresh: bool = False) -> ServerMetadata:
         """The metadata of an authorization server.
@@ -154,7 +147,7 @@ class Discovery:
             check_origin(issuer, allow_http=self._allow_http)
         except ValueError as error:
             raise DiscoveryError(f"the issuer {printable(issuer)} {error}") from None
-        document = self._get(f"{issuer}/.well-known/oauth-authorization-server", fresh=fresh)
+        document = self._get(f"{issuer}{_AUTHORIZATION_SERVER}", fresh=fresh)
         return parse_server_metadata(issuer, document, allow_http=self._allow_http)
 
     def from_server_url(self, url: str) -> str:
@@ -186,8 +179,28 @@ class Discovery:
 
     def _fetch(self, url: str, options: GetOptions, stored: object) -> tuple[float, dict[str, Any]]:
         try:
-            return self._clock(), self._transport.get_json(url)
+            document = self._transport.get_json(url)
         except TransportError as error:
             raise DiscoveryError(str(error), retryable=error.retryable) from error
         except UnusableResponse as error:
             raise DiscoveryError(f"{url} answered {error}", retryable=error.retryable) from error
+        # Only what can be used is kept: a wrong answer may be right the next time.
+        server = origin(url)
+        if url.endswith(_PROTECTED_RESOURCE):
+            _issuer_in(document, server, allow_http=self._allow_http)
+        else:
+            parse_server_metadata(server, document, allow_http=self._allow_http)
+        return self._clock(), document
+
+
+def _issuer_in(document: Mapping[str, Any], pds: str, *, allow_http: bool) -> str:
+    what = f"the OAuth metadata of the PDS {pds}"
+    if document.get("resource") != pds:
+        raise DiscoveryError(f"{what} are those of another server")
+    servers = document.get("authorization_servers")
+    if not isinstance(servers, list) or len(servers) != 1:
+        raise DiscoveryError(f"{what} do not name exactly one authorization server")
+    try:
+        return check_origin(servers[0], allow_http=allow_http)
+    except ValueError as error:
+        raise DiscoveryError(f"the authorization server in {what} {error}") from None

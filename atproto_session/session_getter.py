@@ -1,6 +1,6 @@
 """How a refresh happens.
 
-A refresh token works once. :meth:`SessionGetter._refresh` is the only place where one is spent: under the account's
+A refresh token works once. :meth:`SessionGetter._refresh` is the only way to where one is spent: under the account's
 lock, in a thread that nothing interrupts, after the store has been proven writable for this very record, and never
 while an answer to an earlier try may still come.
 """
@@ -193,7 +193,7 @@ class SessionGetter(SharedGetter[Session]):
         hold: Hold,
         flight: Flight[Session],
     ) -> Session:
-        """Spend the refresh token of ``session``, which was just read under the lock ``hold``, and store what comes."""
+        """Refresh ``session``, which was just read under the lock ``hold``. Up to the last line, nothing is spent."""
         if session.attempt is not None:  # left by a worker that died, or whose answer was lost
             session = self._outwait(key, session, hold, flight)
             if is_good(session):
@@ -222,7 +222,12 @@ class SessionGetter(SharedGetter[Session]):
         except CancelledError:
             self._leave(key, attempted, session.attempt)
             raise
+        return self._spend(key, session, attempted, send, flight)
 
+    def _spend(
+        self, key: str, session: Session, attempted: Session, send: Callable[[], Session], flight: Flight[Session]
+    ) -> Session:
+        """Send the refresh request, and make the best of what comes back. Nothing gives up waiting for that here."""
         try:
             successor = send()
         except OAuthResponseError as error:
@@ -230,6 +235,8 @@ class SessionGetter(SharedGetter[Session]):
                 return self._refused(key, session, error, flight)
             unspent = error.status == 429 or (error.error is not None and error.status < 500)
             self._leave(key, attempted, session.attempt if unspent else attempted.attempt, rest=error.retry_after)
+            if not unspent:  # it may not even have been the authorization server that answered
+                error.retryable = True
             raise
         except TransportError as error:
             if error.sent:
@@ -428,12 +435,11 @@ class SessionGetter(SharedGetter[Session]):
         def work(flight: Flight[None]) -> None:
             with self._undisturbed(sub, flight):
                 flight.commit()
-                deleted = self._delete(sub)
-                if deleted is None:
-                    return
-            self._tell_deleted(sub, why, flight)
-            if revoke:
-                self._revoke(deleted)
+                last, deleted = self._delete(sub)
+            if deleted:
+                self._tell_deleted(sub, why, flight)
+            if revoke and last is not None:
+                self._revoke(last)
 
         self._do(sub, work)
 
@@ -447,18 +453,20 @@ class SessionGetter(SharedGetter[Session]):
 
         self._do(sub, work)
 
-    def _delete(self, key: str) -> Session | None:
-        """Delete the grant that is stored under ``key``, however often it is refreshed meanwhile."""
+    def _delete(self, key: str) -> tuple[Session | None, bool]:
+        """Delete the grant that is stored under ``key``, however often it is refreshed meanwhile. Returns the last that
+        was seen of it, and whether it was deleted here."""
         try:
-            first = current = self._store.get(key)
+            last = current = self._store.get(key)
         except StoreError:  # its owner wants it gone, readable or not
             self._store.delete(key)
-            return None
-        while current is not None and first is not None and current.is_same_grant(first):
+            return None, False
+        while current is not None and last is not None and current.is_same_grant(last):
+            last = current
             if self._store.replace(key, None, current.token_set):
-                return current
+                return last, True
             current = self._store.get(key)
-        return None
+        return last, False
 
     def _undisturbed(self, key: str, flight: Flight[None]) -> ExitStack:
         """The account's lock, if it can be had: whoever finds the record changed without it takes that for final."""

@@ -235,12 +235,8 @@ class Protocol:
         yield "takes its attempt back", _end(self.replace(self._blur(s, me), _read(a), _read(a)) or s, me, a)
 
     def unlock(self, s: State, me: int, a: Actor) -> Steps:
-        """The end of the ``with`` block; a log-out then revokes what it has deleted."""
-        s = s._replace(holder=None) if s.holder == me else s
-        if me >= self.workers and a.session is not None:
-            yield "unlocks", _put(s, me, a, at="revoke")
-        else:
-            yield "unlocks", _put(s, me, Actor("look", a.calls - 1) if a.calls > 1 else DONE)
+        """The end of the ``with`` block."""
+        yield "unlocks", _gone_on(s._replace(holder=None) if s.holder == me else s, me, a)
 
     # The owner
 
@@ -260,7 +256,7 @@ class Protocol:
         if not s.writable:
             yield "cannot delete the session", _end(s, me, a)
         elif (deleted := self.replace(s, None, _read(a))) is not None:
-            yield "deletes the session", _put(deleted, me, a, at="unlock")
+            yield "deletes the session", _end(deleted, me, a, a.session)
         else:
             yield "finds it changed", _put(s, me, a, at="log_out_look")
 
@@ -300,7 +296,7 @@ class Protocol:
     def lease_runs_out(self, s: State, a: Actor) -> State | None:
         """At any time but while the request is under way that it was extended for. A holder that stands still for so
         long with an answer in its hands is no better than one that has lost it."""
-        if a.covered and a.request == "sent":
+        if (a.covered and a.request == "sent") or a.at == "unlock":
             return None
         return (_change(s, _read(a).grant, hurt=True) if a.request is not None else s)._replace(holder=None)
 
@@ -356,9 +352,17 @@ def _read(a: Actor) -> Record:
     return a.session
 
 
-def _end(s: State, me: int, a: Actor) -> State:
-    """Go on to the end of the ``with`` block, with nothing left to remember."""
-    return _put(s, me, Actor("unlock", a.calls))
+def _end(s: State, me: int, a: Actor, deleted: Record | None = None) -> State:
+    """Leave the ``with`` block, which nobody notices if the lock is not held, with nothing to remember but what a
+    log-out has deleted."""
+    a = Actor("unlock", a.calls, session=deleted)
+    return _put(s, me, a) if s.holder == me else _gone_on(s, me, a)
+
+
+def _gone_on(s: State, me: int, a: Actor) -> State:
+    if a.session is not None:
+        return _put(s, me, a, at="revoke")
+    return _put(s, me, Actor("look", a.calls - 1) if a.calls > 1 else DONE)
 
 
 def _put(s: State, me: int, a: Actor, **changes: Any) -> State:

@@ -50,9 +50,9 @@ class Pause:
         assert self.reached.wait(SOON)
 
     @classmethod
-    def at(cls, fault: Fault) -> Pause:
+    def at(cls, fault: Fault, release: threading.Event | None = None) -> Pause:
         pause = cls()
-        pause.reached, pause.release = fault.fired, fault.release
+        pause.reached, pause.release = fault.fired, release or fault.release
         return pause
 
 
@@ -161,79 +161,131 @@ class Scene:
         self,
         network: LocalNetwork,
         url: str,
-        closing_: ExitStack,
+        clean_up: ExitStack,
         *,
         alone: bool = False,
         hasty: bool = False,
         locks: Callable[[], Locks] | None = None,
     ) -> None:
         def new_client() -> tuple[OAuthClient, Steps, FullStore]:
-            steps, opened = Steps(), closing_.enter_context(closing(open_store(url)))
-            store = WatchedStore(opened, steps, locks and locks())
-            timeout = 0.001 if hasty else SOON
-            metadata = ClientMetadata.loopback()
-            client = OAuthClient(metadata, store=store, timeout=timeout, **network.client_options())
-            return closing_.enter_context(client), steps, opened
+            steps, store = Steps(), clean_up.enter_context(closing(open_store(url)))
+            client = OAuthClient(
+                ClientMetadata.loopback(),
+                store=WatchedStore(store, steps, locks and locks()),
+                timeout=0.001 if hasty else SOON,
+                **network.client_options(),
+            )
+            return clean_up.enter_context(client), steps, store
 
         self.network = network
         self.account: Account = network.create_account()
         self.did = self.account.did
         self.one, self.steps, self.store = new_client()
-        self.other, self.other_steps, _ = (self.one, self.steps, self.store) if alone else new_client()
+        self.other, self.other_steps, self.other_store = (self.one, self.steps, self.store) if alone else new_client()
 
     @property
     def stored(self) -> Session | None:
         return self.store.get(self.did)
 
-    def log_in(self, session_id: str | None = None) -> Session:
-        self.come_back(self.one, self.go_to_browser(self.one), session_id)
-        return present(self.store.get(self.did if session_id is None else f"{self.did}#{session_id}"))
+    def logged_in(self, session_id: str | None = None) -> Session:
+        """A session that is good, from a log-in if there is none."""
+        stored = self.store.get(self._key_of(session_id))
+        if stored is None or self.is_over(stored):
+            self.come_back(self.one, self.go_to_browser(self.one), session_id)
+        return present(self.store.get(self._key_of(session_id)))
+
+    def log_in(self) -> Session:
+        self.come_back(self.one, self.go_to_browser(self.one))
+        return present(self.stored)
 
     def go_to_browser(self, client: OAuthClient) -> str:
         return self.network.authorize(client.authorize(self.did), self.account)
 
     def come_back(self, client: OAuthClient, callback: str, session_id: str | None = None) -> Session:
-        """Returns what was stored by this log-in, whatever is stored now."""
+        """End a log-in and return what it stored, whatever is stored now."""
         sessions: list[Session] = []
-        stop = client.sessions.on_updated(
+        unsubscribe = client.sessions.on_updated(
             lambda event: sessions.append(Session(event.dpop_key, event.auth_method, event.token_set))
         )
         client.callback(callback, session_id=session_id)
-        stop()
+        unsubscribe()
         return sessions[-1]
 
-    def pause(self, instant: str) -> Pause:
-        """Stop the next refresh by ``one`` there."""
-        if instant == "before the attempt":
-            return Pause.at(self.network.fault("plc", "hold"))
-        if instant == "before the last look":
-            return self.steps.pause("after attempt")
-        if instant == "before the store":
-            return self.steps.pause("store")
-        return Pause.at(self.network.fault("refresh", "hold" if instant == "request sent" else "late"))
+    # What happens
 
     def refresh(self, client: OAuthClient | None = None, key: str | None = None) -> Worker:
         sessions = (client or self.one).sessions
         return Worker(lambda: sessions.get_session(key or self.did, True, timeout=SOON))
 
-    def overlap(self, instant: str, intrusion: Callable[[], object], *, waits_at: str | None = None) -> Worker:
-        """Begin a refresh, let ``intrusion`` happen at that instant, and return the refresh, which goes on.
-
-        :param waits_at: the step at which the intrusion waits for the refresh; ``None`` if it does not wait at all.
-        """
-        pause = self.pause(instant)
-        refresh = self.refresh()
-        pause.wait_until_reached()
-        if waits_at is None:
-            intrusion()
-            pause.release.set()
+    def stopped_refresh(self, instant: str, *, by_other: bool = False) -> tuple[Pause, Worker]:
+        """A refresh that has come to that instant and stands there."""
+        client, steps = (self.other, self.other_steps) if by_other else (self.one, self.steps)
+        if instant == "before the attempt":
+            pause = Pause.at(self.network.fault("plc", "hold"))
+        elif instant == "before the last look":
+            pause = steps.pause("after attempt")
+        elif instant == "before the store":
+            pause = steps.pause("store")
         else:
-            waiting = self.other_steps.signal(waits_at)
-            intruder = Worker(intrusion)
-            assert waiting.wait(SOON)
-            pause.release.set()
-            intruder.outcome()
+            pause = Pause.at(self.network.fault("refresh", "hold" if instant == "request sent" else "late"))
+        refresh = self.refresh(client)
+        pause.wait_until_reached()
+        return pause, refresh
+
+    def overlap(self, instant: str, intrude: Callable[[], object], *, waits_at: str | None = None) -> Worker:
+        """Begin a refresh, let somebody intrude at that instant, and return the refresh, which goes on.
+
+        :param waits_at: the step at which the intruder waits for the refresh; ``None`` if he does not wait at all.
+        """
+        pause, refresh = self.stopped_refresh(instant)
+        self._go_on(pause, intrude, self.other_steps, waits_at)
         return refresh
+
+    def cross(
+        self,
+        begin: Callable[[], object],
+        steps: Steps,
+        stop_at: str,
+        intrude: Callable[[], object],
+        other_steps: Steps,
+        *,
+        waits: bool,
+    ) -> None:
+        """Let somebody intrude while what has begun stands at the step ``stop_at``, and both come to an end.
+
+        :param waits: whether the intruder waits for the lock."""
+        pause = steps.pause(stop_at)
+        begun = Worker(begin)
+        pause.wait_until_reached()
+        self._go_on(pause, intrude, other_steps, "lock" if waits else None)
+        begun.outcome()
+
+    def _go_on(self, pause: Pause, intrude: Callable[[], object], steps: Steps, waits_at: str | None) -> None:
+        waiting = None if waits_at is None else steps.signal(waits_at)
+        self.intruder = Worker(intrude)
+        if waiting is None:
+            self.intruder.outcome()
+        else:
+            assert waiting.wait(SOON)
+        pause.release.set()
+        self.intruder.outcome()
+
+    def race(self, stop: int, meet: int, intrude: Callable[[], object]) -> tuple[Worker, Worker]:
+        """A refresh that stops at its step number ``stop`` until the intruder has come to his step number ``meet``,
+        unless one or the other has ended before."""
+        pause, met = self.steps.pause(after=stop), self.other_steps.signal(after=meet)
+        refresh = self.refresh()
+        watcher = Worker(lambda: _set_at_end(refresh, pause.reached))
+        pause.wait_until_reached()
+        intruder = Worker(intrude)
+        other_watcher = Worker(lambda: _set_at_end(intruder, met))
+        assert met.wait(SOON)
+        pause.release.set()
+        for worker in (refresh, intruder, watcher, other_watcher):
+            worker.join(SOON)
+        self.steps.let_go()
+        self.other_steps.let_go()
+        return refresh, intruder
 
     # What must be true
 
@@ -252,13 +304,20 @@ class Scene:
 
     def check_works(self, session: Session | None, session_id: str | None = None) -> None:
         """``session`` is what is stored, and it is good as it is."""
-        key = self.did if session_id is None else f"{self.did}#{session_id}"
         assert session is not None
-        assert tokens_of(present(self.store.get(key))) == tokens_of(session)
+        assert tokens_of(present(self.store.get(self._key_of(session_id)))) == tokens_of(session)
         rotations = self.network.rotations
         account = self.one.restore(self.did, False, session_id=session_id)
         assert account.get(GET_SESSION).json()["did"] == self.did
         assert self.network.rotations == rotations
+
+    def _key_of(self, session_id: str | None) -> str:
+        return self.did if session_id is None else f"{self.did}#{session_id}"
+
+
+def _set_at_end(worker: Worker, event: threading.Event) -> None:
+    worker.join(SOON)
+    event.set()
 
 
 def present(session: object) -> Session:
