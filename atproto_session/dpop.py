@@ -22,10 +22,10 @@ from urllib.parse import urlsplit, urlunsplit
 import jwt
 
 from .fork import reset_in_child
-from .keys import load_private_key, public_jwk
+from .keys import algorithm_of, load_private_key, public_jwk
 from .urls import origin
 
-_ES256 = jwt.get_algorithm_by_name("ES256")
+_ALGORITHMS = {name: jwt.get_algorithm_by_name(name) for name in ("ES256", "ES256K")}
 
 #: Longer ones are not kept: a nonce comes from outside, and goes into every proof.
 _LONGEST_NONCE = 512
@@ -147,14 +147,17 @@ def proof(
         claims["nonce"] = nonce
     if access_token is not None:
         claims["ath"] = _base64url(hashlib.sha256(access_token.encode()).digest()).decode("ascii")
-    message = _encoded_header(**public_jwk(key)) + b"." + _base64url(json.dumps(claims, separators=(",", ":")).encode())
-    return (message + b"." + _base64url(_ES256.sign(message, load_private_key(key)))).decode("ascii")
+    algorithm = algorithm_of(key)
+    header = _encoded_header(algorithm, **public_jwk(key))
+    message = header + b"." + _base64url(json.dumps(claims, separators=(",", ":")).encode())
+    signature = _ALGORITHMS[algorithm].sign(message, load_private_key(key))
+    return (message + b"." + _base64url(signature)).decode("ascii")
 
 
 @functools.lru_cache(maxsize=1024)
-def _encoded_header(**jwk: str) -> bytes:
+def _encoded_header(algorithm: str, **jwk: str) -> bytes:
     # The same for every proof of a session, and a third of the cost of one.
-    return _base64url(json.dumps({"typ": "dpop+jwt", "alg": "ES256", "jwk": jwk}, separators=(",", ":")).encode())
+    return _base64url(json.dumps({"typ": "dpop+jwt", "alg": algorithm, "jwk": jwk}, separators=(",", ":")).encode())
 
 
 def challenge_error(challenge: str) -> str | None:

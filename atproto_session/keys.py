@@ -24,6 +24,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from .errors import ClientMetadataError, printable
 
 _SIZE = 32
+#: The curves that are known, by ``crv``, and the algorithm that goes with each (RFC 7518 section 3.4, RFC 8812 section
+#: 3.2). Keys made here are ES256; ``@atproto/oauth-client-node`` makes ES256K keys for its sessions where the server
+#: takes them.
+_CURVES: dict[str, tuple[ec.EllipticCurve, str]] = {
+    "P-256": (ec.SECP256R1(), "ES256"),
+    "secp256k1": (ec.SECP256K1(), "ES256K"),
+}
 _PEM_PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 
 
@@ -32,15 +39,23 @@ def generate_jwk() -> dict[str, str]:
     return _to_jwk(ec.generate_private_key(ec.SECP256R1()))
 
 
+def algorithm_of(jwk: Mapping[str, Any]) -> str:
+    """What signatures with a JWK are called: ``"ES256"`` or ``"ES256K"``.
+
+    :raises ValueError: ``jwk`` is on no curve that is known. The message names the member at fault.
+    """
+    return _CURVES[_curve_of(jwk)][1]
+
+
 def load_private_key(jwk: Mapping[str, Any]) -> ec.EllipticCurvePrivateKey:
-    """The key in a private ES256 JWK, checked through and through. A key seen lately comes from memory, so this may
-    be called for every request.
+    """The key in a private ES256 or ES256K JWK, checked through and through. A key seen lately comes from memory, so
+    this may be called for every request.
 
     :raises ValueError: ``jwk`` is no such key. The message names the member at fault and never holds a value.
     """
-    _check_type(jwk)
-    if jwk.get("alg") not in (None, "ES256"):
-        raise ValueError("alg is not ES256")
+    crv, algorithm = _curve_of(jwk), algorithm_of(jwk)
+    if jwk.get("alg") not in (None, algorithm):
+        raise ValueError(f"alg is not {algorithm}")
     if jwk.get("use") not in (None, "sig"):
         raise ValueError("use is not sig: this key is not for signing")
     operations = jwk.get("key_ops")
@@ -49,23 +64,22 @@ def load_private_key(jwk: Mapping[str, Any]) -> ec.EllipticCurvePrivateKey:
     x, y = _member(jwk, "x"), _member(jwk, "y")
     if jwk.get("d") is None:
         raise ValueError("d is missing: this is not a private key")
-    return _private_key(x, y, _member(jwk, "d"))
+    return _private_key(crv, x, y, _member(jwk, "d"))
 
 
 def public_jwk(jwk: Mapping[str, Any]) -> dict[str, str]:
-    """The public part of an ES256 JWK: ``kty``, ``crv``, ``x``, ``y``, and ``kid``, ``alg`` and ``use`` where present.
+    """The public part of such a JWK: ``kty``, ``crv``, ``x``, ``y``, and ``kid``, ``alg`` and ``use`` where present.
 
-    :raises ValueError: ``jwk`` is no P-256 key. The message names the member at fault.
+    :raises ValueError: ``jwk`` is no such key. The message names the member at fault.
     """
-    _check_type(jwk)
-    public = {"kty": "EC", "crv": "P-256", "x": _member(jwk, "x"), "y": _member(jwk, "y")}
+    public = {"kty": "EC", "crv": _curve_of(jwk), "x": _member(jwk, "x"), "y": _member(jwk, "y")}
     return public | {name: _member(jwk, name) for name in ("kid", "alg", "use") if jwk.get(name) is not None}
 
 
 def thumbprint(jwk: Mapping[str, Any]) -> str:
     """The SHA-256 thumbprint of an ES256 JWK (RFC 7638), base64url. It is that of the public part.
 
-    :raises ValueError: ``jwk`` is no P-256 key. The message names the member at fault.
+    :raises ValueError: ``jwk`` is no such key. The message names the member at fault.
     """
     public = public_jwk(jwk)
     required = {name: public[name] for name in ("crv", "kty", "x", "y")}
@@ -96,6 +110,8 @@ class Keyset:
                 public = public_jwk(jwk)
             except ValueError as error:
                 raise _wrong(f"key {number} is not a private ES256 key: {error}") from None
+            if algorithm_of(jwk) != "ES256":
+                raise _wrong(f"key {number} is not a private ES256 key: crv is not P-256")
             kid = public.get("kid") or thumbprint(jwk)
             if kid in self._private:
                 raise _wrong(f"two keys have the kid {printable(kid)}; every key needs its own")
@@ -203,11 +219,13 @@ def _wrong(message: str) -> ClientMetadataError:
 # JWKs
 
 
-def _check_type(jwk: Mapping[str, Any]) -> None:
+def _curve_of(jwk: Mapping[str, Any]) -> str:
     if jwk.get("kty") != "EC":
         raise ValueError("kty is not EC")
-    if jwk.get("crv") != "P-256":
-        raise ValueError("crv is not P-256")
+    crv = jwk.get("crv")
+    if not isinstance(crv, str) or crv not in _CURVES:
+        raise ValueError("crv is neither P-256 nor secp256k1")
+    return crv
 
 
 def _member(jwk: Mapping[str, Any], name: str) -> str:
@@ -218,15 +236,16 @@ def _member(jwk: Mapping[str, Any], name: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _private_key(x: str, y: str, d: str) -> ec.EllipticCurvePrivateKey:
-    point = ec.EllipticCurvePublicNumbers(_number(x, "x"), _number(y, "y"), ec.SECP256R1())
+def _private_key(crv: str, x: str, y: str, d: str) -> ec.EllipticCurvePrivateKey:
+    curve, _ = _CURVES[crv]
+    point = ec.EllipticCurvePublicNumbers(_number(x, "x"), _number(y, "y"), curve)
     secret = _number(d, "d")
     try:
         point.public_key()
     except ValueError:
         raise ValueError("x and y are not a point on the curve") from None
     try:
-        key = ec.derive_private_key(secret, ec.SECP256R1())
+        key = ec.derive_private_key(secret, curve)
     except ValueError:
         raise ValueError("d is out of range") from None
     if key.public_key().public_numbers() != point:

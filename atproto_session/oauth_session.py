@@ -13,7 +13,8 @@ from requests.auth import AuthBase
 from requests.utils import rewind_body
 
 from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
-from .errors import TokenInvalidError, TransportError
+from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError
+from .keys import load_private_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
 from .urls import origin
@@ -69,7 +70,7 @@ class Signer:
             _aim(request, audience, tokens)
             audience = tokens.aud
             proofs = dpop_flow(
-                session.dpop_key,
+                _usable_key(self.key, session),
                 request.method or "GET",
                 request.url or "",
                 self._nonces,
@@ -100,7 +101,9 @@ class Signer:
 
     def _take_known(self) -> Session | None:
         known, self._known = self._known, None
-        return known if time.monotonic() < self._known_until else None
+        if known is None or time.monotonic() >= self._known_until or self.getter.freshness.is_stale(known.token_set):
+            return None
+        return known
 
     def _give_up(self, session: Session) -> None:
         cause = TokenInvalidError(f"the server of {self.key} refuses tokens that were just issued; log in again")
@@ -232,6 +235,14 @@ class _Exchange:
             response = again
             signed = _resume(self._flow, response)
         return response
+
+
+def _usable_key(key: str, session: Session) -> Mapping[str, Any]:
+    try:
+        load_private_key(session.dpop_key)
+    except ValueError as error:
+        raise AuthMethodUnsatisfiableError(f"the DPoP key of the session {key} cannot be used: {error}") from error
+    return session.dpop_key
 
 
 def _resume(

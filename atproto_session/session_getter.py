@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from .cached_getter import SharedGetter
 from .errors import (
+    AuthMethodUnsatisfiableError,
     CancelledError,
     LockTimeoutError,
     OAuthResponseError,
@@ -278,7 +279,8 @@ class SessionGetter(SharedGetter[Session]):
         try:
             load_private_key(session.dpop_key)
         except ValueError as error:
-            raise TokenRefreshError(f"the DPoP key of the session {key} is unusable ({error}); log in again") from error
+            # Another worker, of a later release, may know what to do with it.
+            raise AuthMethodUnsatisfiableError(f"the DPoP key of the session {key} cannot be used: {error}") from error
         if (rest := self._rest_of(session)) > 0:
             raise OAuthResponseError(
                 f"the authorization server of {key} asked not to be called for another {rest:.0f} s",

@@ -17,6 +17,8 @@ class Crew:
     :param store: a store URL that they share.
     :param did: the account that they use.
     :param options: keyword arguments for their clients.
+    :param metadata: the document of the client that they are; by default a development client's.
+    :param jwks: its private keys, if it is confidential.
     """
 
     def __init__(
@@ -28,10 +30,13 @@ class Crew:
         processes: int = 4,
         freshness: dict[str, float] | None = None,
         metadata: dict[str, Any] | None = None,
+        jwks: dict[str, Any] | None = None,
     ) -> None:
         setup: dict[str, Any] = {"store": store, "did": did, "options": options, "freshness": freshness or {}}
         if metadata is not None:
             setup["metadata"] = metadata
+        if jwks is not None:
+            setup["jwks"] = jwks
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.worker"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from typing import Any
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,6 +62,15 @@ def test_a_proof_without_token_and_nonce() -> None:
 @pytest.mark.duty(26)
 def test_no_two_proofs_share_an_id() -> None:
     assert len({opened(proof(KEY, "GET", URL))[1]["jti"] for _ in range(100)}) == 100
+
+
+def test_a_key_of_the_reference_client() -> None:
+    private = ec.generate_private_key(ec.SECP256K1())
+    text = jwt.algorithms.ECAlgorithm.to_jwk(private)
+    key = json.loads(text)
+    header = jwt.get_unverified_header(proof(key, "GET", URL))
+    assert header["alg"] == "ES256K"
+    jwt.decode(proof(key, "GET", URL), private.public_key(), algorithms=["ES256K"])
 
 
 def nonce_in(text: str | None) -> object:

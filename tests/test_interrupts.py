@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +73,8 @@ class Program:
         )
         setup |= {"store": scene.store, "did": scene.did, "options": scene.network.client_options()}
         self.say(json.dumps(setup))
+        self._bound = threading.Timer(2 * SOON, self._process.kill)
+        self._bound.start()
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +83,7 @@ class Program:
         if self._process.poll() is None:
             self._process.kill()
         self._process.communicate()
+        self._bound.cancel()
 
     def say(self, line: str = "go on") -> None:
         assert self._process.stdin is not None
@@ -229,11 +233,10 @@ def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
         assert program.end()[0] == 0
     assert report["errors"] == {}
     assert report["alive"] == []
-    assert report["struck"]["main"] >= STRIKES
-    assert report["struck"]["threads"] >= STRIKES / 2
+    assert min(report["struck"].values()) >= STRIKES
     uses = quick_network.refresh_token_uses
     assert set(uses.values()) == {1}
-    assert quick_network.rotations == len(uses) >= STRIKES / 4
+    assert quick_network.rotations == len(uses) >= 10
     assert (quick_network.replays, quick_network.revocations) == (0, 0)
     with scene.client() as client:
         stored = client.sessions.get_session(scene.did)

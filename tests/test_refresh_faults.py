@@ -308,6 +308,31 @@ def an_answer_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield
 
 
+def forget_metadata(client: OAuthClient, issuer: str) -> None:
+    """As it does after some minutes."""
+    client._discovery._cached._cache.delete(metadata_url(issuer))
+
+
+def metadata_url(issuer: str) -> str:
+    return f"{issuer}/.well-known/oauth-authorization-server"
+
+
+@contextmanager
+def a_token_endpoint_at(url: str, stage: Stage) -> Iterator[Callable[[], Session]]:
+    """What refreshes in the block, once its worker has been told that this is where tokens come from."""
+    metadata = requests.get(metadata_url(stage.network.issuer), timeout=SOON).json() | {"token_endpoint": url}
+    fault = stage.network.fault("as-metadata", "custom", **answer(metadata))
+
+    def act() -> Session:
+        try:
+            return stage.refresh()
+        finally:
+            forget_metadata(stage.client, stage.network.issuer)
+
+    yield act
+    assert fault.count == 1
+
+
 def check(stage: Stage, case: Case, act: Callable[[], Session], caplog: pytest.LogCaptureFixture) -> None:
     """Everything that is promised of a case, once it happens to ``act``."""
     ending = case.ending
@@ -342,21 +367,14 @@ def test_a_fault(name: str, stage: Stage, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_request_that_was_never_sent(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    metadata = requests.get(f"{stage.network.issuer}/.well-known/oauth-authorization-server", timeout=SOON).json()
-    with closed_port() as port:
-        metadata["token_endpoint"] = f"http://localhost:{port}/oauth/token"
-        case = Case("as-metadata", "custom", NEVER_SENT, answer(metadata))
-        case.happen(stage.network)
-        check(stage, case, stage.refresh, caplog)
-    assert stage.network.token_requests == 1 + 2, "the log-in, and the next worker, of whom a nonce was demanded"
+    with closed_port() as port, a_token_endpoint_at(f"http://localhost:{port}/oauth/token", stage) as act:
+        check(stage, Case("token", "none listens", NEVER_SENT), act, caplog)
 
 
 def test_a_handshake_that_fails(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    metadata = requests.get(f"{stage.network.issuer}/.well-known/oauth-authorization-server", timeout=SOON).json()
-    metadata["token_endpoint"] = f"{stage.network.issuer.replace('http:', 'https:')}/oauth/token"
-    case = Case("as-metadata", "custom", NEVER_SENT, answer(metadata))
-    case.happen(stage.network)
-    check(stage, case, stage.refresh, caplog)
+    url = f"{stage.network.issuer.replace('http:', 'https:')}/oauth/token"
+    with a_token_endpoint_at(url, stage) as act:
+        check(stage, Case("token", "speaks no TLS", NEVER_SENT), act, caplog)
 
 
 def test_a_redirect_is_not_followed(stage: Stage) -> None:
@@ -594,27 +612,21 @@ class Lane(threading.Thread):
         while self.injected.total() < self._faults:
             if not self._survives_a_round(did):
                 did = self._log_in()
-        self._forget_metadata()
         assert self._workers[0].restore(did, refresh=True).get(GET_SESSION).status_code == 200
 
     def _log_in(self) -> str:
         account = self._network.create_account()
         client = self._random.choice(self._workers)
-        self._forget_metadata()
         client.callback(self._network.authorize(client.authorize(account.did), account))
         return account.did
-
-    def _forget_metadata(self) -> None:
-        """Or only the first refresh of all would ask for them."""
-        for client in self._workers:
-            client._discovery._cached._cache.delete(f"{self._network.issuer}/.well-known/oauth-authorization-server")
 
     def _survives_a_round(self, did: str) -> bool:
         """Let up to three things go wrong while three callers want new tokens. Whether the session outlives it."""
         before = self._workers[0].sessions.get_session(did, False).token_set
         names = self._random.choices(list(MATRIX), list(MATRIX.values()), k=self._random.randint(1, 3))
         faults = [(name, CASES[name].happen(self._network)) for name in names]
-        self._forget_metadata()
+        for client in self._workers:
+            forget_metadata(client, before.iss)
         callers = [Worker(self._caller(self._workers[number % 2], did, before.access_token)) for number in range(3)]
         for caller in callers:
             caller.outcome()
@@ -652,7 +664,8 @@ class Lane(threading.Thread):
         return True
 
 
-def test_a_thousand_faults(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_a_thousand_faults(tmp_path: Path, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """``pytest --junitxml`` writes down how often each fault happened, and what the callers got."""
     store = f"sqlite:///{tmp_path}/sessions.db"
     lanes = [Lane(number, store, -(-FAULTS_AT_LEAST // LANES)) for number in range(LANES)]
     for lane in lanes:
@@ -662,8 +675,8 @@ def test_a_thousand_faults(tmp_path: Path, record_property: Callable[[str, objec
             raise lane.error
     injected = sum((lane.injected for lane in lanes), Counter())
     for name in CASES:
-        record_property(f"faults: {name}", injected[name])
+        record_testsuite_property(f"faults: {name}", injected[name])
     for outcome, count in sum((lane.outcomes for lane in lanes), Counter()).items():
-        record_property(f"callers got: {outcome}", count)
+        record_testsuite_property(f"callers got: {outcome}", count)
     assert injected.total() >= FAULTS_AT_LEAST
     assert set(injected) == set(CASES), "every one of them"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from atproto_session import (
+    AuthMethodUnsatisfiableError,
     CancelledError,
     Freshness,
     LockTimeoutError,
@@ -586,7 +587,6 @@ def test_tokens_that_must_not_be_used_are_revoked_even_if_the_store_fails() -> N
             "another account",
         ),
         (expired_session(token_set=make_tokens(lifetime=-1, refresh_token=None)), "without a refresh token"),
-        (expired_session(dpop_key={"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "d": "AA"}), "DPoP key"),
     ],
 )
 def test_a_record_that_proves_itself_useless(session: Session, why: str) -> None:
@@ -594,6 +594,15 @@ def test_a_record_that_proves_itself_useless(session: Session, why: str) -> None
     with pytest.raises(TokenRefreshError, match=why):
         rig.get()
     assert rig.stored is None
+    assert rig.authority.sends == 0
+
+
+def test_a_key_of_an_unknown_kind_keeps_the_session() -> None:
+    session = expired_session(dpop_key={"kty": "EC", "crv": "P-384", "x": "AA", "y": "AA", "d": "AA"})
+    rig = Rig(session)
+    with pytest.raises(AuthMethodUnsatisfiableError, match="crv"):
+        rig.get()
+    assert rig.stored == session
     assert rig.authority.sends == 0
 
 

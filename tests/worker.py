@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from atproto_session import ClientMetadata, Freshness, OAuthClient
+from atproto_session import ClientMetadata, Freshness, Keyset, OAuthClient
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
@@ -21,7 +21,9 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     freshness = Freshness(**setup["freshness"])
     metadata = ClientMetadata.from_document(setup["metadata"]) if "metadata" in setup else ClientMetadata.loopback()
-    with OAuthClient(metadata, store=setup["store"], freshness=freshness, **setup["options"]) as client:
+    keyset = Keyset.from_jwks(setup["jwks"]) if "jwks" in setup else None
+    store, options = setup["store"], setup["options"]
+    with OAuthClient(metadata, store=store, keyset=keyset, freshness=freshness, **options) as client:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             order = json.loads(line)

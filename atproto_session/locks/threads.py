@@ -58,8 +58,8 @@ class ThreadLocks:
             key_lock = self._locks.get(name)
             if key_lock is None:
                 key_lock = self._locks[name] = _KeyLock()
-        _acquire(key_lock.lock, name, time.monotonic() + timeout, cancel)
         hold = _ThreadHold()
+        _acquire(key_lock.lock, name, time.monotonic() + timeout, cancel)
         try:
             yield hold
         finally:

@@ -10,100 +10,102 @@ connection is closed just before a fork, and there is nothing to inherit.
 from __future__ import annotations
 
 import sqlite3
-import threading
+import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..errors import StoreError
 from ..fork import pause_at_fork
 
 #: More idle connections than this are closed.
 _MOST_IDLE = 8
+#: How often a thread that waits for a fork looks again, and a fork that waits for a thread, in seconds.
+_POLL = 0.001
 #: What a fork could not close, kept for good: to be collected is to be closed.
 _inherited: list[sqlite3.Connection] = []
+
+
+class Connection(sqlite3.Connection):
+    """One that a weak set can hold."""
 
 
 class Connections:
     """A pool. Whoever borrows a connection gives it back, or discards it if it may be in the middle of something.
 
-    :param connect: makes a connection that any thread may use.
+    Without a lock: an exception may be raised in a thread at any instant, by a signal for one, and a lock that was left
+    taken would stop every other. Lists and sets do what is asked of them here in one step.
+
+    :param connect: makes a :class:`Connection` that any thread may use.
     :param patience: how many seconds a fork waits for connections to be given back.
     """
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection], *, patience: float) -> None:
+    def __init__(self, connect: Callable[[], Connection], *, patience: float) -> None:
         self._connect = connect
         self._patience = patience
-        self._idle: list[sqlite3.Connection] = []
-        self._changed = threading.Condition()
-        self._in_use = 0
+        self._idle: list[Connection] = []
+        # Weak: one that was lost to an exception is in use no more.
+        self._in_use: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._pausing = False
         self._refused: str | None = None
         pause_at_fork(self)
 
-    def borrow(self) -> sqlite3.Connection:
+    def borrow(self) -> Connection:
         """
         :raises StoreError: the pool is closed.
         """
-        with self._changed:
+        while True:
             while self._pausing:
-                self._changed.wait()
+                time.sleep(_POLL)
             if self._refused is not None:
                 raise StoreError(self._refused)
-            self._in_use += 1
-            if self._idle:
-                return self._idle.pop()
-        try:
-            return self._connect()
-        except BaseException:
-            self._settle()
-            raise
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._connect()
+            self._in_use.add(connection)
+            if not self._pausing:
+                return connection
+            self.discard(connection)  # a fork has begun in between, and has to see it closed
 
-    def give_back(self, connection: sqlite3.Connection) -> None:
-        with self._changed:
-            if self._refused is None and len(self._idle) < _MOST_IDLE:
-                self._idle.append(connection)
-                self._settle()
-                return
-        self.discard(connection)
+    def give_back(self, connection: Connection) -> None:
+        if self._refused is not None or len(self._idle) >= _MOST_IDLE:
+            self.discard(connection)
+            return
+        self._idle.append(connection)
+        self._in_use.discard(connection)
 
-    def discard(self, connection: sqlite3.Connection) -> None:
+    def discard(self, connection: Connection) -> None:
         try:
             connection.close()
         finally:
-            self._settle()
+            self._in_use.discard(connection)
 
     def close(self) -> None:
-        with self._changed:
-            self._refused = self._refused or "the store is closed"
-            self._close_idle()
+        self._refused = self._refused or "the store is closed"
+        self._close_idle()
 
     def pause_for_fork(self) -> None:
-        with self._changed:
-            self._pausing = True
-            self._changed.wait_for(lambda: self._in_use == 0, timeout=self._patience)
-            self._close_idle()
+        self._pausing = True
+        deadline = time.monotonic() + self._patience
+        while self._in_use and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        self._close_idle()
 
     def resume_after_fork(self) -> None:
-        with self._changed:
-            self._pausing = False
-            self._changed.notify_all()
+        self._pausing = False
 
     def reset_after_fork(self) -> None:
-        self._changed = threading.Condition()
         self._pausing = False
         if self._in_use or self._idle:
-            _inherited.extend(self._idle)
-            self._idle.clear()
-            self._in_use = 0
+            _inherited.extend([*self._in_use, *self._idle])
+            self._in_use, self._idle = weakref.WeakSet(), []
             self._refused = (
                 "this process was forked while its parent was using the SQLite database, which must not be used here "
                 "any more; start the process by spawning, or fork when the store is idle"
             )
 
-    def _settle(self) -> None:
-        with self._changed:
-            self._in_use -= 1
-            self._changed.notify_all()
-
     def _close_idle(self) -> None:
         while self._idle:
-            self._idle.pop().close()
+            with suppress(IndexError):
+                self._idle.pop().close()

@@ -18,7 +18,7 @@ from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
 from ..locks.files import make_private
 from ..session import Session, TokenSet
-from .connections import Connections
+from .connections import Connection, Connections
 from .document import Codec, EncryptionKeys
 from .memory import holds
 
@@ -218,9 +218,14 @@ def _create(path: Path) -> None:
             connection.execute("BEGIN IMMEDIATE")  # fails at once where nothing can be written
 
 
-def _connect(uri: str, busy_timeout: float) -> sqlite3.Connection:
+def _connect(uri: str, busy_timeout: float) -> Connection:
     connection = sqlite3.connect(
-        f"{uri}?mode=rw", uri=True, isolation_level=None, check_same_thread=False, timeout=busy_timeout
+        f"{uri}?mode=rw",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=busy_timeout,
+        factory=Connection,
     )
     try:
         connection.execute("PRAGMA synchronous = FULL")

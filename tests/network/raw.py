@@ -32,13 +32,21 @@ def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def new_key() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP256R1())
+#: The name and the algorithm of every curve (RFC 7518 section 3.4, RFC 8812 section 3.2).
+CURVES: dict[type[ec.EllipticCurve], tuple[str, str]] = {
+    ec.SECP256R1: ("P-256", "ES256"),
+    ec.SECP256K1: ("secp256k1", "ES256K"),
+}
+
+
+def new_key(curve: type[ec.EllipticCurve] = ec.SECP256R1) -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(curve())
 
 
 def public_jwk(key: ec.EllipticCurvePrivateKey, **members: str) -> dict[str, str]:
     numbers = key.public_key().public_numbers()
-    return {"kty": "EC", "crv": "P-256", "x": b64(numbers.x.to_bytes(32)), "y": b64(numbers.y.to_bytes(32)), **members}
+    crv, _ = CURVES[type(key.curve)]
+    return {"kty": "EC", "crv": crv, "x": b64(numbers.x.to_bytes(32)), "y": b64(numbers.y.to_bytes(32)), **members}
 
 
 def query_of(url: str) -> dict[str, str]:
@@ -88,8 +96,8 @@ class RawClient:
 
     def take_key(self, jwk: Mapping[str, Any]) -> None:
         """Use the DPoP key of another client, a private JWK."""
-        d, x, y = (int.from_bytes(base64.urlsafe_b64decode(jwk[name] + "=")) for name in ("d", "x", "y"))
-        self.key = ec.EllipticCurvePrivateNumbers(d, ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1())).private_key()
+        curve = next(curve for curve, (crv, _) in CURVES.items() if crv == jwk["crv"])
+        self.key = ec.derive_private_key(int.from_bytes(base64.urlsafe_b64decode(jwk["d"] + "=")), curve())
 
     # Messages
 
@@ -108,7 +116,8 @@ class RawClient:
         } | claims
         payload = {name: value for name, value in payload.items() if value is not None}
         headers = {"typ": "dpop+jwt", "jwk": public_jwk(self.key)} | dict(header or {})
-        return jwt.encode(payload, self.key, "ES256", headers={n: v for n, v in headers.items() if v is not None})
+        _, algorithm = CURVES[type(self.key.curve)]
+        return jwt.encode(payload, self.key, algorithm, headers={n: v for n, v in headers.items() if v is not None})
 
     def assertion(self, **claims: Any) -> str:
         if self.signing_key is None:

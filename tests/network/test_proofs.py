@@ -10,6 +10,7 @@ from urllib.parse import urlencode, urlsplit
 import jwt
 import pytest
 import requests
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from atproto_session.testing.network import LocalNetwork
 
@@ -51,7 +52,7 @@ def test_a_bad_proof_is_refused(network: LocalNetwork, alice: LoggedIn, changes:
     proof = client.proof("GET", url, token=tokens.access, **changes)
     response = client.call(network.pds_url, "app.test.echo", tokens.access, proof=proof)
     assert (response.status_code, error_of(response)[0]) == (401, "invalid_dpop_proof")
-    assert response.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="invalid_dpop_proof"')
+    assert response.headers["WWW-Authenticate"].startswith('DPoP algs="ES256 ES256K", error="invalid_dpop_proof"')
 
     tokens_of(client.refresh(tokens.refresh))  # nothing of this has spent the token
 
@@ -96,6 +97,14 @@ def test_the_time_of_a_proof_has_a_window(
         assert (response.status_code, error_of(response)[0]) == (401, "invalid_dpop_proof")
 
 
+def test_keys_may_be_of_either_kind(network: LocalNetwork) -> None:
+    client = RawClient(network.issuer)
+    client.key = new_key(ec.SECP256K1)
+    tokens = client.log_in(network, network.create_account())
+    assert client.call(network.pds_url, "app.test.echo", tokens.access).status_code == 200
+    tokens_of(client.refresh(tokens.refresh))
+
+
 def test_a_proof_works_once(network: LocalNetwork, alice: LoggedIn) -> None:
     client = alice.client
     url, form = f"{network.issuer}/oauth/token", {"grant_type": "refresh_token"}
@@ -137,7 +146,7 @@ def test_nonces_are_demanded_each_server_in_its_own_way(entryway: LocalNetwork) 
         proof = client.proof("GET", f"{entryway.pds_url}/xrpc/app.test.echo", token=tokens.access)
         refused = client.call(entryway.pds_url, "app.test.echo", tokens.access, proof=proof)
         assert refused.status_code == 401
-        assert refused.headers["WWW-Authenticate"].startswith('DPoP algs="ES256", error="use_dpop_nonce"')
+        assert refused.headers["WWW-Authenticate"].startswith('DPoP algs="ES256 ES256K", error="use_dpop_nonce"')
         assert refused.headers["DPoP-Nonce"]
 
     # The nonce of one server is nothing to another.

@@ -29,7 +29,7 @@ def test_a_refresh_replaces_both_tokens(network: LocalNetwork, alice: LoggedIn) 
     refused = client.call(network.pds_url, GET_SESSION, first.access)
     assert (refused.status_code, *error_of(refused)) == (401, "invalid_token", "Invalid token")
     assert refused.headers["WWW-Authenticate"] == (
-        'DPoP algs="ES256", error="invalid_token", error_description="Invalid token"'
+        'DPoP algs="ES256 ES256K", error="invalid_token", error_description="Invalid token"'
     )
     assert client.call(network.pds_url, GET_SESSION, second.access).status_code == 200
     assert (network.rotations, network.replays) == (1, 0)

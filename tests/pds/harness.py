@@ -18,13 +18,15 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import requests
+import trustme
 
 from atproto_session.testing.network import Account
 from tests.pds.install import Installation, ensure_installed
@@ -57,16 +59,26 @@ class RealPDS:
     ``pds_url`` is the proxy's address and at the same time the PDS's own idea of its address, so that it stands in
     every DID document, in the metadata and in every ``htu``: no client can reach the PDS but through the proxy. Only
     the port on which the Node server listens differs (``serve.mjs``).
+
+    :ivar ca: issues the certificates that the PDS trusts when it fetches something, as it trusts the public ones.
     """
 
     def __init__(self) -> None:
         self.proxy = FaultProxy()
+        self.ca = trustme.CA()
+        self._folder = tempfile.TemporaryDirectory()
         try:
-            self._installation = ensure_installed()
+            certificate = Path(self._folder.name) / "ca.pem"
+            self.ca.cert_pem.write_to_path(certificate)
+            installation = ensure_installed()
+            # Node reads this variable once, when it starts.
+            env = {**installation.env, "NODE_EXTRA_CA_CERTS": str(certificate)}
+            self._installation = replace(installation, env=env)
             config = {"installation": str(self._installation.directory), "publicPort": self.proxy.port}
             self._node = _NodeProcess(self._installation, "serve.mjs", config)
         except BaseException:
             self.proxy.close()
+            self._folder.cleanup()
             raise
         self.pds_url: str = self._node.greeting["pds"]
         self.plc_url: str = self._node.greeting["plc"]
@@ -81,6 +93,7 @@ class RealPDS:
     def close(self) -> None:
         self._node.close()
         self.proxy.close()
+        self._folder.cleanup()
 
     def create_account(self, handle: str | None = None) -> Account:
         """A new account; without a ``handle`` (``name.test``), under a random one."""
@@ -118,6 +131,20 @@ class RealPDS:
             yield
         finally:
             self._node.request("tokenLifetime", seconds=before)
+
+    def route(self, host: str, port: int) -> None:
+        """Have the PDS find ``https://host`` at ``port`` of this machine. It verifies the certificate as ever."""
+        self._node.request("route", host=host, port=port)
+
+    def forget(self, *urls: str) -> None:
+        """Have the PDS fetch these client metadata documents and keys anew when it needs them next. By itself it does so
+        ten minutes after it fetched them."""
+        self._node.request("forget", urls=urls)
+
+    def age(self, account: Account, *, begun: timedelta, refreshed: timedelta) -> None:
+        """Let the account's sessions have begun, and have been refreshed last, that long ago."""
+        seconds = {"begun": begun.total_seconds(), "refreshed": refreshed.total_seconds()}
+        self._node.request("age", did=account.did, **seconds)
 
     def node_client(self, client_id: str) -> NodeClient:
         """The reference client, as ``client_id``. Close it."""

@@ -6,6 +6,9 @@
 // listens on a port of its own, which the first line on stdout tells: {"pds": ..., "plc": ..., "upstream": ...}.
 // Afterwards each line on stdin is a request, each line on stdout its answer:
 //   {"cmd": "tokenLifetime", "seconds": 3600}   how long the access tokens live that are issued from now on
+//   {"cmd": "route", "host": "app.example.net", "port": 1234}   https://app.example.net is at that port of this machine
+//   {"cmd": "forget", "urls": [...]}   client metadata and keys are fetched anew, as ten minutes after they were
+//   {"cmd": "age", "did": "...", "begun": 60, "refreshed": 30}   so many seconds ago, for the account's sessions
 
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
@@ -14,6 +17,7 @@ import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
+import tls from 'node:tls'
 import { pathToFileURL } from 'node:url'
 
 const { installation, publicPort } = JSON.parse(process.argv[2])
@@ -31,6 +35,16 @@ const listen = async (app) => {
 }
 const secret = () => randomBytes(32).toString('hex')
 const answer = (value) => process.stdout.write(JSON.stringify(value) + '\n')
+
+// A client_id has no port and a host name that looks public, so the PDS wants to connect to port 443 of a machine that does
+// not exist. To listen there, and to give it a name, takes root; so the connection is turned elsewhere. What goes over it
+// stays the same: the certificate is verified for the host that was asked for.
+const routes = new Map()
+const connect = tls.connect
+tls.connect = (options, ...rest) => {
+  const port = routes.get(options.host)
+  return connect(port === undefined ? options : { ...options, host: '127.0.0.1', port }, ...rest)
+}
 
 const plc = `http://localhost:${await listen(PlcServer.create({ db: Database.mock() }).app)}`
 
@@ -63,10 +77,26 @@ const commands = {
     tokenManager.tokenMaxAge = seconds * 1000
     return { before }
   },
+  route({ host, port }) {
+    routes.set(host, port)
+    return {}
+  },
+  async forget({ urls }) {
+    const { metadataGetter, jwks } = pds.ctx.oauthProvider.clientManager
+    for (const url of urls) await Promise.all([metadataGetter.delStored(url), jwks.delStored(url)])
+    return {}
+  },
+  async age({ did, begun, refreshed }) {
+    const ago = (seconds) => new Date(Date.now() - seconds * 1000).toISOString()
+    const { db } = pds.ctx.accountManager.db
+    const times = { createdAt: ago(begun), updatedAt: ago(refreshed) }
+    await db.updateTable('token').set(times).where('did', '=', did).execute()
+    return {}
+  },
 }
 for await (const line of createInterface({ input: process.stdin })) {
   const { cmd, ...args } = JSON.parse(line)
-  answer(commands[cmd](args))
+  answer(await commands[cmd](args))
 }
 
 await rm(dataDirectory, { recursive: true, force: true })

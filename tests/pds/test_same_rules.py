@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import requests
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from atproto_session.testing.network import Account, LocalNetwork
 from tests.core import wait_until
@@ -99,7 +100,7 @@ def challenge_of(response: requests.Response) -> dict[str, str]:
     header = response.headers["WWW-Authenticate"]
     parameters = dict(re.findall(r'(\w+)="([^"]*)"', header))
     assert header.startswith("DPoP algs=")
-    assert "ES256" in parameters.pop("algs").split()
+    assert {"ES256", "ES256K"} <= {*parameters.pop("algs").split()}
     return parameters
 
 
@@ -176,7 +177,7 @@ def test_the_metadata_hold_what_a_client_demands(server: Server) -> None:
         ("token_endpoint_auth_methods_supported", {"none", "private_key_jwt"}),
         ("token_endpoint_auth_signing_alg_values_supported", {"ES256"}),
         ("scopes_supported", {"atproto", "transition:generic", "transition:email", "transition:chat.bsky"}),
-        ("dpop_signing_alg_values_supported", {"ES256"}),
+        ("dpop_signing_alg_values_supported", {"ES256", "ES256K"}),
     ):
         assert values <= set(metadata[name])
     assert "none" not in metadata["token_endpoint_auth_signing_alg_values_supported"]
@@ -429,6 +430,12 @@ def test_a_proof_works_once(server: Server, alice: LoggedIn) -> None:
     assert call(alice, proof=proof).status_code == 200
     assert_refused_at_resource(call(alice, proof=proof), "invalid_dpop_proof", "DPoP proof replayed")
     assert_session_lives(alice)
+
+
+def test_keys_may_be_of_either_kind(server: Server) -> None:
+    client = server.client()
+    client.key = new_key(ec.SECP256K1)
+    assert_session_lives(LoggedIn(server.account, client, client.log_in(server.network, server.account)))
 
 
 # Access tokens

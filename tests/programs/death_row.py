@@ -24,7 +24,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import dns.resolver  # noqa: F401 - loaded before the fork, as is what follows
@@ -33,6 +32,7 @@ from cryptography.fernet import Fernet  # noqa: F401
 
 from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, TokenRefreshError
 from atproto_session.locks.files import _FileHold
+from atproto_session.server import AccountAuthority
 from atproto_session.stores import FullStore, open_store, rotate_encryption
 
 T = TypeVar("T")
@@ -76,33 +76,43 @@ class Steps:
             stand_still()
         self._left -= 1
 
-    def around(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
+    def before(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
         def stepped(*arguments: Any, **options: Any) -> T:
             self(f"before {name}")
-            result = function(*arguments, **options)
+            return function(*arguments, **options)
+
+        return stepped
+
+    def around(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
+        def stepped(*arguments: Any, **options: Any) -> T:
+            result = self.before(name, function)(*arguments, **options)
             self(f"after {name}")
             return result
 
         return stepped
 
+    def watch(self, owner: object, name: str, called: str | None = None) -> None:
+        setattr(owner, name, self.around(called or name, getattr(owner, name)))
+
     def watch_system(self) -> None:
-        """Step at what changes files."""
-        for name in ("open", "fsync", "replace", "unlink"):
-            setattr(os, name, self._around_file(name, getattr(os, name)))
-        fcntl.flock = self.around("flock", fcntl.flock)
+        """Step at what changes files. What comes after one such call comes before the next."""
+        self.watch(os, "open")  # after which a new file is empty
+        for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (fcntl, "flock")):
+            setattr(owner, name, self.before(name, getattr(owner, name)))
         steps = self
 
         class Connection(sqlite3.Connection):
             def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-                return steps.around(sql.split()[0], super().execute)(sql, *arguments)
+                return steps.before(sql.split()[0], super().execute)(sql, *arguments)
 
-        sqlite3.connect = partial(sqlite3.connect, factory=Connection)
+        vars(sqlite3)["connect"] = partial(sqlite3.connect, factory=Connection)
 
     def watch_store(self, store: FullStore) -> None:
         """Step at what a store and its locks are asked to do."""
         for name in ("get", "set", "replace", "delete"):
-            setattr(store, name, self.around(f"{name} in store", getattr(store, name)))
-        take = store.logins.take
+            self.watch(store, name, f"{name} in store")
+        self.watch(store.logins, "take", "take log-in")
+        self.watch(_FileHold, "extend")
         hold = store.locks.hold
 
         @contextmanager
@@ -114,27 +124,17 @@ class Steps:
                 self("before unlock")
             self("after unlock")
 
-        store.logins.take = self.around("take log-in", take)  # type: ignore[method-assign]
-        store.locks.hold = held  # type: ignore[method-assign]
-        _FileHold.extend = self.around("extend", _FileHold.extend)  # type: ignore[method-assign]
+        vars(store.locks)["hold"] = held
 
-    def watch_authority(self, client: OAuthClient) -> None:
+    def watch_authority(self, authority: AccountAuthority) -> None:
         """Step at what the authorization server is asked."""
-        authority = client._authority
         prepare = authority.prepare
 
         def prepared(session: Session) -> Callable[[], Session]:
             return self.around("send", self.around("prepare", prepare)(session))
 
-        authority.prepare = prepared  # type: ignore[method-assign]
-        authority.revoke = self.around("revoke", authority.revoke)  # type: ignore[method-assign]
-
-    def _around_file(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
-        def stepped(file: Any, *arguments: Any, **options: Any) -> T:
-            what = name if isinstance(file, int) else f"{name} in {Path(file).parent.name}"
-            return self.around(what, function)(file, *arguments, **options)
-
-        return stepped
+        vars(authority)["prepare"] = prepared
+        self.watch(authority, "revoke")
 
 
 Outcome = tuple[int, list[str]]
@@ -200,7 +200,7 @@ def open_client(order: dict[str, Any], steps: Steps) -> OAuthClient:
     steps.watch_system()
     client = OAuthClient(ClientMetadata.loopback(), store=order["store"], **order["options"])
     steps.watch_store(client._store)
-    steps.watch_authority(client)
+    steps.watch_authority(client._authority)
     steps.counting = True
     return client
 

@@ -30,9 +30,11 @@ class Burst:
         self.client = client
         self.did = did
         self.random = random.Random(seed)
-        self.struck: Counter[str] = Counter()
+        self.struck = Counter(main=0, threads=0)
         self.errors: Counter[str] = Counter()
         self.over = threading.Event()
+        self.exposed: set[threading.Thread] = set()
+        self.striking = threading.Lock()
 
     def act(self) -> None:
         """Use the session in one of the ways there are."""
@@ -60,11 +62,13 @@ class Burst:
             self.errors[f"{type(error).__name__}: {error}"] += 1
 
     def strike_main_thread(self, times: int) -> None:
+        """Until it was struck often enough, and the threads were as well."""
+
         def exceeded(number: int, frame: FrameType | None) -> NoReturn:
             raise TimeLimit
 
         signal.signal(signal.SIGALRM, exceeded)
-        while self.struck["main"] < times:
+        while min(self.struck["main"], self.struck["threads"]) < times:
             try:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, self.random.uniform(0.0001, WITHIN))
@@ -75,32 +79,37 @@ class Burst:
                 self.struck["main"] += 1
 
     def live(self) -> None:
+        """In a thread, until it is over. A strike ends the exposure to it, so that none can come when it is too late to
+        handle it, or for a thread that is gone: another might have its identifier by then."""
+        thread = threading.current_thread()
         while not self.over.is_set():
             try:
-                while not self.over.is_set():
+                self.exposed.add(thread)
+                try:
                     self.act()
+                finally:
+                    with self.striking:
+                        self.exposed.discard(thread)
             except TimeLimit:
                 self.struck["threads"] += 1
 
     def strike_threads(self) -> None:
-        """Until it is over. An exception that strikes outside of everything ends its thread; another takes its place."""
+        """Until it is over."""
         threads = [threading.Thread(target=self.live) for _ in range(VICTIMS)]
         for thread in threads:
             thread.start()
         while not self.over.wait(self.random.uniform(0.0001, WITHIN)):
-            number = self.random.randrange(VICTIMS)
-            if threads[number].is_alive():
-                raise_in(threads[number], TimeLimit)
-            else:
-                threads[number] = threading.Thread(target=self.live)
-                threads[number].start()
+            thread = self.random.choice(threads)
+            with self.striking:
+                if thread in self.exposed:
+                    self.exposed.discard(thread)
+                    raise_in(thread, TimeLimit)
         for thread in threads:
             thread.join()
 
 
 def main() -> None:
     setup: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.excepthook = lambda arguments: None  # threads that die of it are expected
     client = OAuthClient(ClientMetadata.loopback(), store=setup["store"], **setup["options"])
     burst = Burst(client, setup["did"], setup["seed"])
     watchdog = threading.Thread(target=burst.strike_threads)

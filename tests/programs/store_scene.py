@@ -250,8 +250,8 @@ class Scene:
         other_steps: Steps,
         *,
         waits: bool,
-    ) -> None:
-        """Let somebody intrude while what has begun stands at the step ``stop_at``, and both come to an end.
+    ) -> Worker:
+        """Let somebody intrude while what has begun stands at the step ``stop_at``, and return this, which is over.
 
         :param waits: whether the intruder waits for the lock."""
         pause = steps.pause(stop_at)
@@ -259,6 +259,7 @@ class Scene:
         pause.wait_until_reached()
         self._go_on(pause, intrude, other_steps, "lock" if waits else None)
         begun.outcome()
+        return begun
 
     def _go_on(self, pause: Pause, intrude: Callable[[], object], steps: Steps, waits_at: str | None) -> None:
         waiting = None if waits_at is None else steps.signal(waits_at)

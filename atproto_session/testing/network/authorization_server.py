@@ -16,7 +16,7 @@ from .authorizations import REQUEST_LIFETIME, Authorizations
 from .clients import Client, ClientAuth, Clients
 from .consent import ConsentPage
 from .errors import OAuthError, invalid_client, invalid_grant, invalid_request
-from .proofs import ProofChecker
+from .proofs import CURVES, ProofChecker
 from .routes import Route
 from .sessions import Check, Grant, IssuedTokens, Ledger
 from .wire import Request, Response
@@ -114,7 +114,7 @@ class AuthorizationServer:
                 "code_challenge_methods_supported": ["S256"],
                 "token_endpoint_auth_methods_supported": ["none", "private_key_jwt"],
                 "token_endpoint_auth_signing_alg_values_supported": ["ES256"],
-                "dpop_signing_alg_values_supported": ["ES256"],
+                "dpop_signing_alg_values_supported": [*CURVES],
                 "authorization_response_iss_parameter_supported": True,
                 "require_pushed_authorization_requests": True,
                 "request_uri_parameter_supported": True,

@@ -23,7 +23,7 @@ class OAuthError(Exception):
         return self.challenge_of("DPoP")
 
     def challenge_of(self, scheme: str) -> str:
-        parameters = {"algs": "ES256"} if scheme == "DPoP" else {}
+        parameters = {"algs": "ES256 ES256K"} if scheme == "DPoP" else {}
         parameters |= {"error": self.error, "error_description": self.description}
         # The reference server leaves out what it would have to escape.
         return f"{scheme} " + ", ".join(f'{name}="{value}"' for name, value in parameters.items() if '"' not in value)

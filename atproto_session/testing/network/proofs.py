@@ -11,7 +11,9 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256K1,
     SECP256R1,
+    EllipticCurve,
     EllipticCurvePublicKey,
     EllipticCurvePublicNumbers,
 )
@@ -24,6 +26,12 @@ from .wire import Request
 CLOCK_TOLERANCE = 180.0
 MAX_AGE = 10.0
 
+#: The algorithms of proofs, with the curve of their keys. The reference client likes ES256K best.
+CURVES: Mapping[str, tuple[str, EllipticCurve]] = {
+    "ES256": ("P-256", SECP256R1()),
+    "ES256K": ("secp256k1", SECP256K1()),
+}
+
 _jws = jwt.PyJWS()
 
 
@@ -35,18 +43,19 @@ class SignedJWT:
     claims: Mapping[str, Any]
 
 
-def public_key(jwk: object) -> EllipticCurvePublicKey:
-    """The key in a public P-256 JWK.
+def public_key(jwk: object, algorithm: str = "ES256") -> EllipticCurvePublicKey:
+    """The key in a public JWK.
 
     :raises ValueError: it is another kind of key, or holds a private part.
     """
-    if not isinstance(jwk, dict) or jwk.get("kty") != "EC" or jwk.get("crv") != "P-256":
-        raise ValueError("the key is not a P-256 JWK")
+    crv, curve = CURVES[algorithm]
+    if not isinstance(jwk, dict) or jwk.get("kty") != "EC" or jwk.get("crv") != crv:
+        raise ValueError(f"the key is not a {crv} JWK")
     if "d" in jwk:
         raise ValueError("the key holds a private part")
     try:
         x, y = (int.from_bytes(base64.urlsafe_b64decode(jwk[name] + "=")) for name in ("x", "y"))
-        return EllipticCurvePublicNumbers(x, y, SECP256R1()).public_key()
+        return EllipticCurvePublicNumbers(x, y, curve).public_key()
     except (KeyError, TypeError, ValueError):
         raise ValueError("the key is malformed") from None
 
@@ -57,13 +66,13 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(members, separators=(",", ":"), sort_keys=True))
 
 
-def verify(token: str, key: EllipticCurvePublicKey) -> SignedJWT:
-    """Verify an ES256 signature.
+def verify(token: str, key: EllipticCurvePublicKey, algorithm: str = "ES256") -> SignedJWT:
+    """Verify a signature.
 
     :raises ValueError: it does not hold, or the payload is not a JSON object.
     """
     try:
-        decoded = _jws.decode_complete(token, key, algorithms=["ES256"])
+        decoded = _jws.decode_complete(token, key, algorithms=[algorithm])
         claims = json.loads(decoded["payload"])
     except (jwt.PyJWTError, ValueError):
         raise ValueError("signature verification failed") from None
@@ -120,10 +129,11 @@ class ProofChecker:
             raise invalid_proof("Failed to verify DPoP proof: malformed") from None
         if header.get("typ") != "dpop+jwt":
             raise invalid_proof('Failed to verify DPoP proof: unexpected "typ" JWT header value')
-        if header.get("alg") != "ES256":
+        algorithm = str(header.get("alg"))
+        if algorithm not in CURVES:
             raise invalid_proof("Failed to verify DPoP proof: unexpected alg")
         try:
-            proof = verify(proofs[0], public_key(header.get("jwk")))
+            proof = verify(proofs[0], public_key(header.get("jwk"), algorithm), algorithm)
         except ValueError as error:
             raise invalid_proof(f"Failed to verify DPoP proof: {error}") from None
         return proof, thumbprint(header["jwk"])
