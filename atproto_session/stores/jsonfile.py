@@ -186,13 +186,18 @@ class _Files:
     def write(self, path: str, data: bytes, *, modified: float | None = None) -> None:
         temporary = self._directory / "writing" / f"{Path(path).name}.{secrets.token_hex(4)}"
         with self._failures("written"):
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if modified is not None:
-                os.utime(temporary, (modified, modified))
-            temporary.replace(self._directory / path)
+            try:
+                with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if modified is not None:
+                    os.utime(temporary, (modified, modified))
+                temporary.replace(self._directory / path)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()  # on a full disk it would take the room that is left
+                raise
             self._sync((self._directory / path).parent)
 
     def remove(self, path: str) -> bool:
