@@ -34,6 +34,7 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 
 from .errors import TransportError
 from .fork import reset_in_child
+from .launcher import start_thread
 from .urls import is_public_address, is_public_or_loopback
 
 T = TypeVar("T")
@@ -340,7 +341,7 @@ def spawn(work: Callable[[], T]) -> Future[T]:
             future.set_result(result)
 
     try:
-        threading.Thread(target=run, name=LOOKUP_THREAD, daemon=True).start()
+        start_thread(threading.Thread(target=run, name=LOOKUP_THREAD, daemon=True))
     except RuntimeError as error:
         raise TransportError("no thread can be started to look names up in; nothing was sent") from error
     return future

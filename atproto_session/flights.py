@@ -7,7 +7,6 @@ that has not committed itself then stops, one that has goes on to its end.
 
 from __future__ import annotations
 
-import _thread
 import logging
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from .errors import CancelledError, LockTimeoutError, SessionError
 from .fork import reset_in_child
+from .launcher import start_thread
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -126,59 +126,6 @@ class Flight(Generic[T]):
         return self._done and self._error is None
 
 
-class Launchers:
-    """Starts threads in a thread that has no other work, and that nobody has a reason to interrupt.
-
-    In CPython 3.11 a thread that is being started counts as the one that starts it, until it runs: an exception raised
-    from outside in a caller (``PyThreadState_SetAsyncExc``) would strike the new thread at birth, and
-    ``Thread.start()``, which waits for it to run, would never return (measured).
-    """
-
-    def __init__(self) -> None:
-        self.reset_after_fork()
-        reset_in_child(self)
-
-    def reset_after_fork(self) -> None:
-        self._orders: SimpleQueue[tuple[threading.Thread, SimpleQueue[BaseException | None]]] = SimpleQueue()
-        self._any = False
-
-    def start(self, thread: threading.Thread) -> None:
-        """Start ``thread``.
-
-        :raises RuntimeError: no thread can be started.
-        """
-        done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._orders.put((thread, done))
-        while True:
-            if not self._any:
-                # Without the wait that Thread.start() has. Should this one be struck at birth, another is made below;
-                # should there be two, they take turns.
-                _thread.start_new_thread(self._work, (self._orders,))
-                self._any = True
-            try:
-                error = done.get(timeout=_LONG_SLICE)
-            except Empty:
-                self._any = False
-                continue
-            if error is not None:
-                raise error
-            return
-
-    @staticmethod
-    def _work(orders: SimpleQueue[tuple[threading.Thread, SimpleQueue[BaseException | None]]]) -> None:
-        while True:
-            thread, done = orders.get()
-            try:
-                thread.start()
-            except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
-                done.put(error)
-            else:
-                done.put(None)
-
-
-_launchers = Launchers()
-
-
 class Flights(Generic[T]):
     """The flights of one getter that are in the air."""
 
@@ -225,7 +172,7 @@ class Flights(Generic[T]):
         name = f"atproto_session {flight.key}"
         thread = threading.Thread(target=flight.run, args=(unregister,), name=name, daemon=False)
         try:
-            _launchers.start(thread)
+            start_thread(thread)
         except RuntimeError as error:
             raise SessionError(
                 "no thread can be started to do the work in; nothing was sent", retryable=True

@@ -13,7 +13,7 @@ from requests.auth import AuthBase
 from requests.utils import rewind_body
 
 from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
-from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError
+from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError, printable
 from .keys import load_private_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
@@ -267,7 +267,8 @@ def _aim(request: requests.PreparedRequest, audience: str | None, tokens: TokenS
         return
     if audience is None or at != origin(audience):
         raise TransportError(
-            f"the tokens of {tokens.sub} are for {pds} alone; a request to {at} was not sent", retryable=False
+            f"the tokens of {tokens.sub} are for {pds} alone; a request to {printable(at)} was not sent",
+            retryable=False,
         )
     to = urlsplit(pds)
     request.url = urlsplit(url)._replace(scheme=to.scheme, netloc=to.netloc).geturl()

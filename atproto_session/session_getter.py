@@ -32,6 +32,7 @@ from .errors import (
     TokenRefreshError,
     TokenRevokedError,
     TransportError,
+    printable,
 )
 from .flights import Flight
 from .keys import load_private_key
@@ -410,7 +411,7 @@ class SessionGetter(SharedGetter[Session]):
         :raises StoreError: the session cannot be stored; it has been revoked.
         """
         if session.token_set.sub != subject_of(sub):
-            raise ValueError(f"a session of {session.token_set.sub} cannot be stored under {sub}")
+            raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
         session = replace(session, attempt=None, refreshed_at=self._clock())
 
         def work(flight: Flight[None]) -> None:
@@ -510,7 +511,7 @@ class SessionGetter(SharedGetter[Session]):
 
 def _found(key: str, session: Session | None) -> Session:
     if session is None:
-        raise SessionNotFoundError(f"no session is stored for {key}; log in first")
+        raise SessionNotFoundError(f"no session is stored for {printable(key)}; log in first")
     return session
 
 

@@ -126,14 +126,14 @@ class Place:
         assert self.network.refresh_token_uses == spent
 
     def check_works(self, *accounts: Account) -> None:
-        """Everything works, and no token has been spent twice."""
+        """The sessions can be refreshed, which spends their tokens for the first time, and used."""
         for account in accounts or (self.alice, self.bob):
             before = self.stored(account)
-            assert not present(self.refresh(account)).token_set.has_same_tokens(before.token_set)
-            assert self.stored(account).is_same_grant(before)
-            response = self.client.restore(account.did).get(GET_SESSION)
-            assert response.json()["did"] == account.did
-        assert set(self.network.refresh_token_uses.values()) == {1}
+            after = self.refresh(account)
+            assert after.is_same_grant(before)
+            assert self.network.refresh_token_uses[before.token_set.refresh_token or ""] == 1
+            assert self.network.refresh_token_uses[after.token_set.refresh_token or ""] == 0
+            assert self.client.restore(account.did).get(GET_SESSION).json()["did"] == account.did
 
     # The records, as they lie there
 
@@ -324,7 +324,7 @@ def test_an_unreadable_record_is_not_an_absent_one(network: LocalNetwork, clean_
     with without_privileges():
         for refresh in ("auto", True, False):
             with place.refused("Permission denied", str(place.directory)):
-                place.client.sessions.get_session(place.alice.did, refresh)  # type: ignore[arg-type]
+                place.client.sessions.get_session(place.alice.did, refresh)
         place.check_works(place.bob)
     place.file_of(place.alice).chmod(0o600)
     place.check_works()
@@ -351,7 +351,7 @@ def test_a_directory_that_goes_spends_nothing(place: Place, how: str) -> None:
     for account in (place.alice, place.bob):
         for refresh in ("auto", True, False):
             with place.refused(str(place.directory), "that this user may write to"):
-                place.client.sessions.get_session(account.did, refresh)  # type: ignore[arg-type]
+                place.client.sessions.get_session(account.did, refresh)
     bring_back()
     place.check_works()
 
@@ -434,6 +434,7 @@ def test_a_deleted_lock_directory_is_made_again(
         refresh = scene.refresh()
     scene.check_works(present(refresh.outcome()))
     assert scene.uses_of(first) == 1
+    scene.check_works(present(scene.refresh().outcome()))
     assert list(locks.glob("*.lock"))
 
 
@@ -572,7 +573,7 @@ def test_records_in_each_others_place_are_errors(place: Place) -> None:
     for account in (place.alice, place.bob):
         for refresh in ("auto", True, False):
             with place.refused(f"the session of {account.did} cannot be read", "another key"):
-                place.client.sessions.get_session(account.did, refresh)  # type: ignore[arg-type]
+                place.client.sessions.get_session(account.did, refresh)
     place.overwrite(place.alice, records[0])
     place.overwrite(place.bob, records[1])
     place.check_works()
@@ -619,7 +620,7 @@ def test_a_damaged_database_spends_nothing_and_works_when_it_is_restored(sqlite_
         for account in accounts:
             for refresh in ("auto", True, False):
                 with place.refused("the file is damaged; restore it from a backup", str(path)):
-                    damaged.sessions.get_session(account.did, refresh)  # type: ignore[arg-type]
+                    damaged.sessions.get_session(account.did, refresh)
         damaged.close()
     path.write_bytes(backup)
     place.client = place.open()
@@ -654,19 +655,21 @@ def test_a_clock_that_jumps_loses_no_session(place: Place, seed: int) -> None:
             get(rejected=place.stored(place.alice).token_set.access_token)
         elif what == 3:
             place.network.expire_access_tokens(place.alice.did)
-            assert client.restore(place.alice.did).get(GET_SESSION).status_code == 200
+            # By such a clock, the proof may be refused as too old, which says nothing about the token.
+            assert client.restore(place.alice.did).get(GET_SESSION).status_code in (200, 401)
         else:
             with place.busy():
                 get(True)
 
+    kept_waiting: list[OAuthResponseError] = []
     for _ in range(25):
         clock.off += chance.choice((-1, 1)) * 10 ** chance.uniform(0, 8.5)
         try:
             ask()
         except OAuthResponseError as error:  # the server asked to be left alone, and by this clock, it is not yet time
-            assert error.status == 429
-            assert error.retry_after is not None
-            assert 0 < error.retry_after <= 3600
+            kept_waiting.append(error)
+    assert {error.status for error in kept_waiting} == {429}
+    assert all(0 < (error.retry_after or 0) <= 3600 for error in kept_waiting)
     clock.off += 2 * 3600
     get(True)
     clock.off = 0

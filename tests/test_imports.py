@@ -17,8 +17,8 @@ PACKAGE = Path(atproto_session.__file__).parent
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
     ["errors", "fork", "urls"],
-    ["session", "keys", "flights"],
-    ["dpop", "locks"],
+    ["session", "keys", "launcher"],
+    ["dpop", "locks", "flights"],
     ["stores"],
     ["cached_getter"],
     ["session_getter", "adapter"],

@@ -115,13 +115,15 @@ class Codec:
 
     def _decrypt(self, data: bytes) -> bytes:
         if self._fernet is None:
-            raise ValueError("it is encrypted, and there are no encryption_keys")
+            raise ValueError("it is encrypted, and there are no encryption_keys: give those that it was written with")
         from cryptography.fernet import InvalidToken
 
         try:
             return self._fernet.decrypt(data)
         except InvalidToken:
-            raise ValueError("none of the encryption_keys opens it, or it is damaged") from None
+            raise ValueError(
+                "none of the encryption_keys opens it, or it is damaged: give the key that it was written with as well"
+            ) from None
 
 
 def _fernet(encryption_keys: EncryptionKeys) -> MultiFernet | None:

@@ -137,8 +137,8 @@ class RealPDS:
         self._node.request("route", host=host, port=port)
 
     def forget(self, *urls: str) -> None:
-        """Have the PDS fetch these client metadata documents and keys anew when it needs them next. By itself it does so
-        ten minutes after it fetched them."""
+        """Have the PDS fetch these client metadata documents and keys anew when it needs them next. By itself it does
+        so ten minutes after it fetched them."""
         self._node.request("forget", urls=urls)
 
     def age(self, account: Account, *, begun: timedelta, refreshed: timedelta) -> None:

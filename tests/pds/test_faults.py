@@ -196,9 +196,10 @@ def test_another_oauth_error_spends_nothing(
     """A machine whose clock is an hour ahead: the server refuses its proofs."""
     before = stored(client, session.did)
     ahead = Clock(time.time() + 3600)
-    monkeypatch.setattr("atproto_session.client.AuthorizationServer", partial(AuthorizationServer, clock=ahead))
-    with another_worker(real_pds, client, store) as worker, pytest.raises(OAuthResponseError) as caught:
-        refresh(worker, session.did)
+    with monkeypatch.context() as patch:
+        patch.setattr("atproto_session.client.AuthorizationServer", partial(AuthorizationServer, clock=ahead))
+        with another_worker(real_pds, client, store) as worker, pytest.raises(OAuthResponseError) as caught:
+            refresh(worker, session.did)
     assert (caught.value.status, caught.value.error) == (401, "invalid_dpop_proof")
     assert not caught.value.login_required
     assert_kept(client, before, in_doubt=False)
@@ -310,8 +311,6 @@ def test_a_log_out_during_a_refresh_is_final(
     with pytest.raises(TokenRevokedError):
         work.outcome()
     assert client.sessions.get_stored(session.did) is None
-    # By the log-out, with a token that had just been spent, and for the orphan once more.
-    assert real_pds.proxy.count("/oauth/revoke") == 2
     refused = by_hand.client.refresh(by_hand.tokens.refresh)
     assert error_of(refused) == ("invalid_grant", "Invalid refresh token")
 

@@ -1,0 +1,80 @@
+"""Log in from a script, and call an API.
+
+``python script.py alice.example.com`` opens a browser to log in with, and ``python script.py did:plc:...`` goes on with
+the session that is stored.
+"""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+from atproto_session import ClientMetadata, OAuthClient, OAuthSession, SessionError
+
+
+class CallbackServer(HTTPServer):
+    """A web server on a free port of this machine, for the one request that ends a log-in."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), CallbackHandler)
+        self.origin = f"http://127.0.0.1:{self.server_port}"
+        self.callback: str | None = None
+
+    def wait(self) -> str:
+        while self.callback is None:
+            self.handle_request()
+        return self.callback
+
+
+class CallbackHandler(BaseHTTPRequestHandler):
+    server: CallbackServer
+    timeout = 2  # seconds: browsers open connections that they then do not use
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/?"):  # the browser's wish for an icon
+            self.send_error(404)
+            return
+        self.server.callback = self.server.origin + self.path
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(b"You can close this window.\n")
+
+    def log_message(self, *args: object) -> None:
+        """Nothing: the address holds the authorization code."""
+
+
+def log_in(
+    client: OAuthClient, account: str, open_browser: Callable[[str], object] = webbrowser.open
+) -> OAuthSession:
+    with CallbackServer() as server:
+        url = client.authorize(account, redirect_uri=f"{server.origin}/")
+        print("Log in at", url)
+        open_browser(url)
+        return client.callback(server.wait()).session
+
+
+def restore(client: OAuthClient, did: str) -> OAuthSession | None:
+    try:
+        return client.restore(did)
+    except SessionError as error:
+        if not error.login_required:
+            raise
+        return None
+
+
+def main(account: str, *, open_browser: Callable[[str], object] = webbrowser.open, **options: Any) -> None:
+    options = {"store": "sqlite:///sessions.db", **options}
+    with OAuthClient(ClientMetadata.loopback(scope="atproto transition:generic"), **options) as client:
+        session = restore(client, account) if account.startswith("did:") else None
+        if session is None:
+            session = log_in(client, account, open_browser)
+        print(session.get("/xrpc/com.atproto.server.getSession").json())
+        print(f"The next time: python script.py {session.did}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

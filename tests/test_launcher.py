@@ -1,0 +1,63 @@
+"""Starting threads in a thread of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from atproto_session import launcher
+from atproto_session.launcher import carry_out, start_thread
+
+from .core import SOON
+
+
+def test_a_thread_is_started_by_another() -> None:
+    ran = threading.Event()
+    start_thread(threading.Thread(target=ran.set))
+    assert ran.wait(SOON)
+
+
+def test_what_keeps_a_thread_from_starting_is_the_callers() -> None:
+    thread = threading.Thread(target=lambda: None)
+    start_thread(thread)
+    thread.join(SOON)
+    with pytest.raises(RuntimeError, match="once"):
+        start_thread(thread)
+
+
+def test_orders_are_carried_out_until_the_last() -> None:
+    # Here, where it can be measured that all of it runs: the real one is a thread that Python's tools do not see.
+    orders: SimpleQueue[Any] = SimpleQueue()
+    ran, answers = threading.Event(), SimpleQueue[BaseException | None]()
+    thread = threading.Thread(target=ran.set)
+    for order in ((thread, answers), (thread, answers), None):
+        orders.put(order)
+    carry_out(orders)
+    assert ran.wait(SOON)
+    assert answers.get() is None
+    assert isinstance(answers.get(), RuntimeError)
+
+
+def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = launcher._Launcher()
+    monkeypatch.setattr(launcher, "_PATIENCE", 0.01)
+    lost._is_there = True
+    ran = threading.Event()
+    lost.start(threading.Thread(target=ran.set))
+    assert ran.wait(SOON)
+    lost._orders.put(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_has_a_launcher_of_its_own() -> None:
+    start_thread(threading.Thread(target=lambda: None))
+    child = os.fork()
+    if child == 0:
+        ran = threading.Event()
+        start_thread(threading.Thread(target=ran.set))
+        os._exit(0 if ran.wait(SOON) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
