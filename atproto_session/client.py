@@ -16,7 +16,7 @@ from .adapter import HardenedAdapter
 from .client_auth import negotiate
 from .discovery import Discovery, ServerMetadata
 from .dpop import NonceCache, challenge_of, generate_verifier
-from .errors import OAuthCallbackError, SessionError, TokenRefreshError, printable
+from .errors import OAuthCallbackError, SessionError, StoreError, TokenRefreshError, printable
 from .identity import IdentityResolver, check_did, normalize_handle
 from .keys import Keyset, generate_jwk
 from .locks import Locks
@@ -72,6 +72,7 @@ class OAuthClient:
     :param on_interrupted: see :class:`.SessionGetter`.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
+    :raises ValueError: ``on_interrupted`` is neither of the two.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class OAuthClient:
         on_interrupted: Literal["retry", "fail"] = "retry",
     ) -> None:
         metadata.check_with_keyset(keyset)
+        if encryption_keys and not isinstance(store, str):
+            raise StoreError("encryption_keys go with a store that is given as a URL; give them to the store itself")
         self.metadata = metadata
         self._keyset = keyset
         self._owns_store = isinstance(store, str)

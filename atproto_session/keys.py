@@ -90,7 +90,10 @@ class Keyset:
     """The ES256 keys of a confidential client. Immutable.
 
     Order matters: the first key signs for new sessions, the others go on serving the sessions that began with them.
-    To rotate, put a new key in front; take an old one out only when no session uses it any more.
+    To rotate, add the new key at the end, and move it to the front when authorization servers have had the time to
+    fetch it: the reference server looks again after ten minutes and not before, and refuses what an unknown key signed.
+    Take an old one out only when no session uses it any more, and never give its ``kid`` to another key: that ends its
+    sessions.
 
     Every key has a ``kid``: its own, or else its thumbprint (RFC 7638).
 

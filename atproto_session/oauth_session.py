@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Mapping
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from .keys import load_private_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
 from .urls import origin
+
+_log = logging.getLogger("atproto_session")
 
 #: Connecting and every wait for more of an answer, in seconds, where the caller did not say.
 _DEFAULT_TIMEOUT = (10.0, 60.0)
@@ -82,7 +85,10 @@ class Signer:
                 request.headers["Authorization"] = f"DPoP {tokens.access_token}"
                 request.headers["DPoP"] = proof
                 response = yield request
-                proof = next_proof(proofs, _answer_of(response))
+                answer = _answer_of(response)
+                if answer.nonce is None:
+                    _log.info("%s answered a request of %s without a DPoP nonce", tokens.aud, self.key)
+                proof = next_proof(proofs, answer)
                 if proof is not None and not _rewind(request):
                     return
             if not _is_refused(response):

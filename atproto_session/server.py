@@ -219,13 +219,16 @@ def _error_of(response: Response, url: str) -> OAuthResponseError:
     document = _object_in(response) or {}
     error, description = _text(document, "error"), _text(document, "error_description")
     error = None if error is None else printable(error)
-    description = None if description is None else printable(description)
+    # The reference server begins with the client's identifier, and ends with the reason.
+    description = None if description is None else printable(description, 300)
     what = " ".join(filter(None, (error, description and f"({description})"))) or "no OAuth error"
     return OAuthResponseError(
         f"{origin(url)} answered {response.status}: {what}",
         status=response.status,
         error=error,
         error_description=description,
+        # The last is what the reference server says while the application's own site is away.
+        retryable=response.status >= 500 or response.status in (408, 429) or error == "invalid_client_metadata",
         retry_after=_retry_after(response.headers.get("Retry-After")),
     )
 

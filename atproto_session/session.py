@@ -33,6 +33,7 @@ class TokenSet:
     :ivar scope: the scopes that were granted, separated by spaces.
     :ivar refresh_token: works once; ``None`` if the server gave none.
     :ivar expires_at: when the access token expires, an aware ``datetime``, or ``None`` if the server did not say.
+    :raises ValueError: ``expires_at`` has no time zone.
     """
 
     iss: str
@@ -104,6 +105,10 @@ class Session:
         return all(self.dpop_key.get(name) == other.dpop_key.get(name) for name in ("crv", "x", "y"))
 
     def with_attempt(self, attempt: Attempt | None, *, refresh_not_before: float | None = None) -> Session:
+        """A copy with this attempt, or without one.
+
+        :param refresh_not_before: that of the copy.
+        """
         return replace(self, attempt=attempt, refresh_not_before=refresh_not_before)
 
 
@@ -155,6 +160,7 @@ class Freshness:
     random: Callable[[], float] = random.random
 
     def is_stale(self, token_set: TokenSet) -> bool:
+        """Whether the access token is worth refreshing."""
         left = self._seconds_left(token_set)
         # The random number is drawn only where it can decide: most reads are of tokens with a long life ahead.
         if left is None or left >= self.margin + self.jitter:
@@ -162,6 +168,7 @@ class Freshness:
         return left < self.margin or left < self.margin + self.jitter * self.random()
 
     def is_expired(self, token_set: TokenSet) -> bool:
+        """Whether the access token's time has come; ``False`` where the server did not say when it does."""
         left = self._seconds_left(token_set)
         return left is not None and left <= 0
 

@@ -90,6 +90,7 @@ class SessionGetter(SharedGetter[Session]):
     :param on_interrupted: what to do about a refresh that may have been sent by a worker that died, or whose answer
         was lost: ``"retry"`` it, since a token that was not spent still works and one that was is lost either way, or
         ``"fail"`` with :class:`.TokenRefreshError` and leave the record as it is.
+    :raises ValueError: ``on_interrupted`` is neither.
     """
 
     def __init__(
@@ -295,7 +296,7 @@ class SessionGetter(SharedGetter[Session]):
             id=uuid.uuid4().hex,
             by=f"{socket.gethostname()}:{os.getpid()}",
             started_at=now,
-            answer_by=now + self._authority.answer_within,
+            answer_by=now + self._authority.answer_within + _STORE_WITHIN,
             answers_lost=0 if session.attempt is None else session.attempt.answers_lost + 1,
         )
 

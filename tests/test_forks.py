@@ -13,29 +13,30 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import jwt
 import pytest
 
-from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, SessionUpdatedEvent
+from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session
 from atproto_session.dpop import generate_verifier, proof
 from atproto_session.keys import generate_jwk, load_private_key
-from atproto_session.stores import connections, open_store
+from atproto_session.stores import SQLiteStore, connections, open_store
 from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.faults import Fault
 
-from .core import KEY, SOON, Worker
+from .core import DID, KEY, SOON, Gate, Worker, wait_until
 from .crew import ROOT
 from .programs import fork_target
 from .worker import GET_SESSION
@@ -175,8 +176,10 @@ def test_a_child_takes_what_the_refresh_of_its_parent_brings(scene: Scene) -> No
     with scene.refresh_under_way() as fault, forked(work) as child, forked(work) as another:
         # Not at the parent's flight, which ends for nobody here.
         assert child.hear() == another.hear() == "at the lock"
+        lookups = scene.network.requests(f"/{scene.did}")
         fault.disarm()
         assert child.result() == another.result() == scene.stored().token_set.access_token
+        assert scene.network.requests(f"/{scene.did}") == lookups  # it is found in the store, with no preparations
 
 
 def test_a_child_goes_on_with_the_old_token_as_others_do(scene: Scene) -> None:
@@ -255,10 +258,11 @@ def test_a_fork_in_a_listener(scene: Scene) -> None:
     """In the thread of the refresh itself, whose locks are released by then."""
     children: list[Child] = []
 
-    def fork(event: SessionUpdatedEvent) -> None:
-        children.append(Child(lambda _: scene.client.restore(scene.did, True).get(GET_SESSION).status_code))
+    def work(connection: Connection) -> int:
+        stop()
+        return scene.client.restore(scene.did, True).get(GET_SESSION).status_code
 
-    stop = scene.client.sessions.on_updated(fork)
+    stop = scene.client.sessions.on_updated(lambda event: children.append(Child(work)))
     scene.client.restore(scene.did, True)
     stop()
     (child,) = children
@@ -426,6 +430,35 @@ def test_no_connection_to_the_database_crosses_a_fork(scene: Scene) -> None:
     assert scene.request() == 200
 
 
+def test_a_fork_waits_for_a_connection_that_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that inherited one would believe to have the locks of its parent on the database."""
+    url = f"sqlite:///{tmp_path}/sessions"
+    with closing(SQLiteStore(tmp_path / "sessions")) as store:
+        pool = store._database._connections
+        connect, gate, waiting = pool._connect, Gate(), threading.Event()
+
+        def make() -> connections.Connection:
+            connection = connect()
+            gate()
+            return connection
+
+        def sleep(seconds: float) -> None:
+            waiting.set()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(pool, "_connect", make)
+        monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        reading = Worker(lambda: store.get(DID))
+        gate.wait_until_reached()
+        forking = Worker(lambda: in_child(lambda: open_files(url)))
+        try:
+            wait_until(lambda: waiting.is_set() or not forking.is_alive())
+        finally:
+            gate.open()
+        assert forking.outcome() == []
+        assert reading.outcome() is None
+
+
 def open_files(url: str) -> list[str]:
     """Of those that this process has open, the ones of a store."""
     place = url.partition(":///")[2]
@@ -498,8 +531,8 @@ def test_no_lock_that_is_taken_in_the_parent_stops_a_child(
 
 
 def locks_in(root: object) -> list[Any]:
-    """The locks in an object, and in what it is made of. A fork waits for those of database connections."""
-    elsewhere = type, ModuleType, FunctionType, BuiltinFunctionType, CodeType, connections.Connections
+    """The locks in an object, and in what it is made of."""
+    elsewhere = type, ModuleType, FunctionType, BuiltinFunctionType, CodeType
     kinds = type(threading.Lock()), type(threading.RLock())
     seen, found, left = {id(root)}, [], [root]
     while left:

@@ -107,6 +107,7 @@ def test_no_handle(handle: str) -> None:
         " @Alice.Example.COM\n",
         "\u2068\u202aalice.example.com\u202c\u2069",
         "@ alice.exa\u200bmple.com",
+        "alice\x00.example\x7f.com",
     ],
 )
 def test_a_handle_as_people_paste_it(pasted: str) -> None:
@@ -195,6 +196,7 @@ def test_a_document_names_the_pds_and_claims_a_handle() -> None:
     claimed = document()
     claimed["alsoKnownAs"] = [
         "https://example.com",
+        "c.example.com",
         7,
         "at://not a handle",
         "at://ALICE.example.com",
@@ -250,6 +252,7 @@ def test_the_pds_may_be_on_this_machine_in_development() -> None:
         ([], "not its DID document"),
         ({}, "not its DID document"),
         (document(BOB), "not its DID document"),
+        (document("did:plc:AAAAAAAAAAAAAAAAAAAAAAAA"), "not its DID document"),
         (document() | {"service": {}}, "names no PDS"),
         (document() | {"service": []}, "names no PDS"),
     ],

@@ -147,6 +147,22 @@ def test_a_signal_that_ends_the_program(
     scene.check_that_it_was_refreshed_once()
 
 
+def test_a_signal_before_the_request_has_left(scene: Scene) -> None:
+    """Whoever leaves as long as nothing is spent keeps it from being spent: nobody waits for it any more."""
+    fault = scene.network.fault("plc", "hold")
+    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+        assert fault.fired.wait(SOON)
+        program.strike(signal.SIGINT)
+        assert program.hear() == "KeyboardInterrupt"
+        fault.release.set()
+        assert program.end()[0] == -signal.SIGINT
+    assert scene.network.refresh_token_uses == {}
+    with scene.client() as client:
+        stored = client.sessions.get_session(scene.did, False)
+        assert (stored.token_set, stored.attempt) == (scene.before, None)
+        assert client.restore(scene.did, refresh=True).get(GET_SESSION).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("way", "returned"), [("exits_with_a_daemon_thread_waiting", 0), ("exits_with_a_thread_waiting", 3)]
 )

@@ -375,7 +375,7 @@ class TestAuthentication:
         assert "private_key_jwt" in refusal("keyset", lambda: metadata.check_with_keyset(KEYS))
         refusal("keyset", lambda: metadata.document(KEYS))
 
-    @pytest.mark.duty(20)
+    @pytest.mark.duty(1, 20)
     @pytest.mark.parametrize(
         ("field", "value"),
         [

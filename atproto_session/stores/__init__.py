@@ -140,7 +140,9 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
     in all for an absolute one.
 
     :param encryption_keys: Fernet keys: records are encrypted with the first and can be read with any of them. To
-        rotate, put the new key first, restart every worker, call :func:`rotate_encryption`, and take the old key out.
+        rotate, put the new key first, restart every worker, call :func:`rotate_encryption`, and take the old key out an
+        hour later, when no log-in that it encrypted is pending. Where workers are restarted one by one, add the new key
+        at the end before, in another round, so that all of them can read what the first to use it write.
         ``memory:`` needs none.
     :raises StoreError: the URL cannot be understood, what it needs is not installed, or the place cannot be used.
     """

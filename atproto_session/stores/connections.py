@@ -30,6 +30,10 @@ class Connection(sqlite3.Connection):
     """One that a weak set can hold."""
 
 
+class _Turn:
+    """A thread that is about to get a connection."""
+
+
 class Connections:
     """A pool. Whoever borrows a connection gives it back, or discards it if it may be in the middle of something.
 
@@ -45,7 +49,7 @@ class Connections:
         self._patience = patience
         self._idle: list[Connection] = []
         # Weak: one that was lost to an exception is in use no more.
-        self._in_use: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._in_use: weakref.WeakSet[Connection | _Turn] = weakref.WeakSet()
         self._pausing = False
         self._refused: str | None = None
         pause_at_fork(self)
@@ -54,9 +58,13 @@ class Connections:
         """
         :raises StoreError: the pool is closed.
         """
-        while True:
+        turn = _Turn()
+        try:
+            self._in_use.add(turn)  # before the look at _pausing: a fork that begins now sees one or the other
             while self._pausing:
+                self._in_use.discard(turn)
                 time.sleep(_POLL)
+                self._in_use.add(turn)
             if self._refused is not None:
                 raise StoreError(self._refused)
             try:
@@ -64,9 +72,9 @@ class Connections:
             except IndexError:
                 connection = self._connect()
             self._in_use.add(connection)
-            if not self._pausing:
-                return connection
-            self.discard(connection)  # a fork has begun in between, and has to see it closed
+            return connection
+        finally:
+            self._in_use.discard(turn)
 
     def give_back(self, connection: Connection) -> None:
         if self._refused is not None or len(self._idle) >= _MOST_IDLE:
@@ -98,7 +106,7 @@ class Connections:
     def reset_after_fork(self) -> None:
         self._pausing = False
         if self._in_use or self._idle:
-            _inherited.extend([*self._in_use, *self._idle])
+            _inherited.extend([*(each for each in self._in_use if isinstance(each, Connection)), *self._idle])
             self._in_use, self._idle = weakref.WeakSet(), []
             self._refused = (
                 "this process was forked while its parent was using the SQLite database, which must not be used here "

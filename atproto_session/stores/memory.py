@@ -31,6 +31,7 @@ class MemoryStore(Generic[V]):
 
     :param max_entries: keep this many values; the one that was not used for longest goes first. Not for sessions that
         matter.
+    :raises ValueError: ``max_entries`` is less than 1.
     """
 
     def __init__(self, max_entries: int | None = None) -> None:

@@ -49,7 +49,7 @@ def test_an_owner_who_ends_the_session_at_the_server(atproto_network, atproto_cl
 
 
 class TestItemStore(StoreContract):
-    """Some forty tests of the store in own_store.py."""
+    """The store in own_store.py does what stores do."""
 
     def make_store(self, tmp_path: Path) -> FullStore:
         self.items: dict[str, bytes] = {}

@@ -14,6 +14,8 @@ from typing import Any
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession, SessionError
 
+Browser = Callable[[str], object]
+
 
 class CallbackServer(HTTPServer):
     """A web server on a free port of this machine, for the one request that ends a log-in."""
@@ -47,9 +49,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
         """Nothing: the address holds the authorization code."""
 
 
-def log_in(
-    client: OAuthClient, account: str, open_browser: Callable[[str], object] = webbrowser.open
-) -> OAuthSession:
+def log_in(client: OAuthClient, account: str, open_browser: Browser = webbrowser.open) -> OAuthSession:
     with CallbackServer() as server:
         url = client.authorize(account, redirect_uri=f"{server.origin}/")
         print("Log in at", url)
@@ -66,7 +66,7 @@ def restore(client: OAuthClient, did: str) -> OAuthSession | None:
         return None
 
 
-def main(account: str, *, open_browser: Callable[[str], object] = webbrowser.open, **options: Any) -> None:
+def main(account: str, *, open_browser: Browser = webbrowser.open, **options: Any) -> None:
     options = {"store": "sqlite:///sessions.db", **options}
     with OAuthClient(ClientMetadata.loopback(scope="atproto transition:generic"), **options) as client:
         session = restore(client, account) if account.startswith("did:") else None

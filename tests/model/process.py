@@ -12,7 +12,7 @@ from atproto_session.errors import LockTimeoutError, OAuthResponseError, Session
 from atproto_session.flights import Flight, Flights
 from atproto_session.locks import LockKind
 
-from ..core import DID, SOON
+from ..core import SOON
 from .protocol import Violation
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Process:
     :ivar at: what it does next; ``None`` when it has ended.
     :ivar ready: whether it can.
     :ivar request: the session whose token it has sent and is waiting for an answer to, since ``sent_at``.
+    :ivar answer_by: what its attempt says about that, as long as it has the lock.
     :ivar tokens: what is lost if it dies now: tokens that it has to store or to revoke.
     """
 
@@ -43,6 +44,7 @@ class Process:
         self.dead = False
         self.request: Session | None = None
         self.sent_at = 0.0
+        self.answer_by: float | None = None
         self.tokens: Session | None = None
         self._actions = actions
         self._unwinding = False
@@ -143,10 +145,10 @@ class Store:
         world = self.process.world
         if not world.writable:
             raise StoreError("read-only")
-        if (old := world.store.get(key)) is not None:
-            world.grant_of(old).replaced = world.grant_of(old).token
+        old = world.store.get(key)
         world.store.set(key, session)
-        world.blurred, self.process.tokens = False, None
+        world.check_write(self.process, old, session)
+        self.process.tokens = None
 
     def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
         self.process.point(_said_of(session))
@@ -157,6 +159,8 @@ class Store:
         if not world.store.replace(key, session, expected):
             return False
         world.check_write(self.process, old, session)
+        if session is not None and session.attempt is not None:
+            self.process.answer_by = session.attempt.answer_by
         if session is None:
             self.process.tokens = old
         elif self.process.tokens is not None:
@@ -202,6 +206,7 @@ class Locks:
             yield self
         finally:
             self.process.point("unlocks")
+            self.process.answer_by = None
             if world.holder is self.process:
                 world.holder = None
 
@@ -210,7 +215,7 @@ class Locks:
         world = self.process.world
         held = world.holder is self.process and not (self.process.world.lease and world.now >= world.held_until)
         if held:
-            world.held_until = world.now + seconds
+            world.prolong(seconds)
         return held
 
 

@@ -10,9 +10,9 @@ A process dies by never being let go on. Time stands still as well, and passes w
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -62,6 +62,8 @@ class World:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.writable = not self.chance(0.05)
+        # The place where the leases live forgets one of them, once. All others there last as long as their holders.
+        self._forgets = self._yet_to_forget = self.lease and self.chance(0.25)
         self.store: MemoryStore[Session] = MemoryStore()
         self.store.set(DID, self.new_grant())
         self._crashes = self.random.choice([0, 0, 1, 2])
@@ -70,7 +72,7 @@ class World:
             self.processes.append(Process(self, "log-out", [lambda getter: getter.delete_stored(DID, revoke=True)]))
         if self.chance(0.5):
             self.processes.append(Process(self, "log-in", [self._log_in]))
-        self._eagerness = {process: self.random.random() for process in self.processes}
+        self._stalled: dict[Process, int] = {}
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -131,9 +133,12 @@ class World:
 
     def check_write(self, process: Process, old: Session | None, new: Session | None) -> None:
         """``process`` has replaced ``old`` by ``new``."""
-        if old is not None and new is None:
-            by_owner = process.name == "log-out"
-            self.must(by_owner or not self.grant_of(old).alive, "P5: a session that is good is deleted")
+        if process.name == "log-in":
+            if old is not None:
+                self.grant_of(old).replaced = _name_of(old)[1]
+        elif old is not None and new is None:
+            ended = process.name == "log-out" or not self.grant_of(old).alive
+            self.must(ended, "P5: a session that is good is deleted")
         elif new is not None:
             self.must(old is not None, "P5: a log-out is undone")
             self.must(old is None or _name_of(old) <= _name_of(new), "P5: a newer session is overwritten")
@@ -176,7 +181,6 @@ class World:
             self._until_rest()
             self.now += 1000.0
             self.processes.append(Process(self, "whoever comes next", self._calls()[:1]))
-            self._eagerness[self.processes[-1]] = 1.0
             self._until_rest()
             self.check_end()
         finally:
@@ -188,9 +192,13 @@ class World:
 
     def take_lock(self, process: Process) -> None:
         if self.holder is not None and self.holder.tokens is not None:
-            # It stands still for so long with tokens in its hands: no better than to have lost them.
+            # Who stands still for so long with tokens in his hands has as good as lost them.
             self.grant_of(self.holder.tokens).hurt = True
-        self.holder, self.held_until = process, self.now + _LEASE
+        self.holder = process
+        self.prolong(_LEASE)
+
+    def prolong(self, seconds: float) -> None:
+        self.held_until = math.inf if self._forgets else self.now + seconds
 
     def _until_rest(self) -> None:
         while living := [process for process in self.processes if process.at is not None and not process.dead]:
@@ -202,26 +210,35 @@ class World:
     def _step(self, living: list[Process]) -> None:
         runnable = [process for process in living if process.ready()]
         waiting = [process for process in living if not process.ready()]
+        awake = [process for process in runnable if self._stalled.get(process, 0) <= len(self.trace)]
         if self.late and self.chance(0.2):
             self._serve_late()
-        elif self.lease and self.chance(0.1):
+        elif self.chance(0.1):
+            self._stall(self.random.choice(living))
+        elif self.lease and self.chance(0.05):
             self._let_time_pass(self.random.choice([1.0, 15.0, 40.0]))
+        elif self._yet_to_forget and self.holder is not None and self.chance(0.1):
+            self._forget(self.holder)
         elif self._crashes and self.chance(0.05):
             self._crash(self.random.choice(living))
         elif waiting and self.chance(0.05) and (late := self.random.choice(waiting)).at == "gets the lock":
             self._go_on(late)
-        elif runnable:
-            if self.chance(0.1):
-                self._eagerness[self.random.choice(runnable)] = self.random.random() ** 4
-            self._go_on(self.random.choices(runnable, [self._eagerness[process] for process in runnable])[0])
+        elif awake or runnable:
+            self._go_on(self.random.choice(awake or runnable))
         elif self.lease:
             self._let_time_pass(5.0)
         else:
-            raise Violation("P4: a lock stays taken")
+            self.must(False, "P4: a lock stays taken")
 
     def _go_on(self, process: Process) -> None:
         self.trace.append(f"{process.name} {process.at}")
         process.go_on()
+
+    def _stall(self, process: Process) -> None:
+        """Let it stand still for some steps of the others; under a lease, often for longer than that lasts."""
+        self._stalled[process] = len(self.trace) + self.random.choice([5, 15, 30])
+        if self.lease and self.chance(0.5):
+            self._let_time_pass(40.0)
 
     def _serve_late(self) -> None:
         request = self.late.pop()
@@ -230,10 +247,16 @@ class World:
             self.serve(request)
 
     def _let_time_pass(self, seconds: float) -> None:
-        """No request takes longer than it may, and so it is served in time."""
+        """No request takes longer than it may. Who may find his lease forgotten does not stand still besides."""
         ends = [process.sent_at + ANSWER_WITHIN for process in self.processes if process.request is not None]
-        self.now = min([self.now + seconds, *ends])
+        if self._forgets:
+            ends += [process.answer_by for process in self.processes if process.answer_by is not None]
+        self.now = max(self.now, min([self.now + seconds, *ends]))
         self.trace.append(f"{seconds} s pass")
+
+    def _forget(self, holder: Process) -> None:
+        self.trace.append(f"the lease of {holder.name} is forgotten")
+        self._yet_to_forget, self.holder = False, None
 
     def _crash(self, process: Process) -> None:
         self.trace.append(f"{process.name} dies")
@@ -244,8 +267,8 @@ class World:
                 self.grant_of(session).hurt = True
         if process.request is not None:
             self.late.append(process.request)
-            process.request = None
-        if self.holder is process and not self.lease:
+        process.request = process.answer_by = None
+        if self.holder is process and (self._forgets or not self.lease):
             self.holder = None
 
 

@@ -13,7 +13,7 @@ from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account
 from tests.network.raw import REDIRECT_URI, SCOPE, LoggedIn, RawClient
 from tests.pds.by_hand import take_over
-from tests.pds.harness import RealPDS
+from tests.pds.harness import Browser, RealPDS
 from tests.pds.install import InstallError, ensure_installed, is_installed
 
 _HERE = Path(__file__).parent
@@ -59,20 +59,31 @@ def real_pds(pytestconfig: pytest.Config) -> Iterator[RealPDS]:
         yield pds
 
 
+@pytest.fixture(scope="session")
+def browser(real_pds: RealPDS) -> Browser:
+    """A browser that remembers who has signed in."""
+    return Browser(real_pds.pds_url)
+
+
+@pytest.fixture(scope="session")
+def _account(real_pds: RealPDS) -> Account:
+    return real_pds.create_account()
+
+
 @pytest.fixture
-def pds_account(real_pds: RealPDS) -> Iterator[Account]:
-    """A new account, on a proxy that has counted nothing yet."""
-    account = real_pds.create_account()
+def pds_account(real_pds: RealPDS, _account: Account) -> Iterator[Account]:
+    """An account, on a proxy that has counted nothing yet. It is the same one for all tests; what makes them
+    independent is that every log-in begins a session of its own."""
     real_pds.proxy.reset()
-    yield account
+    yield _account
     real_pds.proxy.reset()
 
 
 @pytest.fixture
-def alice(real_pds: RealPDS, pds_account: Account) -> LoggedIn:
+def alice(real_pds: RealPDS, browser: Browser, pds_account: Account) -> LoggedIn:
     """Logged in by hand, and the proxy has counted nothing since."""
     client = RawClient(real_pds.pds_url)
-    alice = LoggedIn(pds_account, client, client.log_in(real_pds, pds_account))
+    alice = LoggedIn(pds_account, client, client.log_in(browser, pds_account))
     real_pds.proxy.reset()
     return alice
 
@@ -86,9 +97,9 @@ def client(real_pds: RealPDS, tmp_path: Path) -> Iterator[OAuthClient]:
 
 
 @pytest.fixture
-def session(real_pds: RealPDS, client: OAuthClient, pds_account: Account) -> OAuthSession:
+def session(real_pds: RealPDS, browser: Browser, client: OAuthClient, pds_account: Account) -> OAuthSession:
     """An account that the library has logged in; the proxy has counted nothing since."""
-    result = client.callback(real_pds.authorize(client.authorize(pds_account.handle), pds_account))
+    result = client.callback(browser.authorize(client.authorize(pds_account.handle), pds_account))
     real_pds.proxy.reset()
     return result.session
 

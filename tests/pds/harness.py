@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import requests
 import trustme
+from requests.cookies import RequestsCookieJar
 
 from atproto_session.testing.network import Account
 from tests.pds.install import Installation, ensure_installed
@@ -113,15 +114,8 @@ class RealPDS:
         return {"plc_directory": self.plc_url, "handle_resolver": self.pds_url, "allow_http": True}
 
     def authorize(self, url: str, account: Account, approve: bool = True) -> str:
-        """Sign in at the authorization URL and consent, as a person with a browser does, or refuse at once. Returns the
-        callback URL."""
-        browser = _Browser(self.pds_url, url)
-        if not approve:
-            return browser.follow(browser.call("reject", {})["url"])
-        credentials = {"username": account.handle, "password": account.password, "locale": "en"}
-        signed_in = browser.call("sign-in", credentials)
-        consent = browser.call("consent", {"did": signed_in["account"]["did"]}, bearer=signed_in["ephemeralToken"])
-        return browser.follow(consent["url"])
+        """:meth:`Browser.authorize` in a browser that knows nobody."""
+        return Browser(self.pds_url).authorize(url, account, approve)
 
     @contextmanager
     def token_lifetime(self, seconds: float) -> Iterator[None]:
@@ -151,17 +145,42 @@ class RealPDS:
         return NodeClient(self._installation, self, client_id)
 
 
-class _Browser:
-    """One visit to the authorization page, in a browser that knows nobody."""
+class Browser:
+    """A browser, which remembers who has signed in: the server takes 400 ms for a sign-in, lest its time tell anything.
 
-    def __init__(self, origin: str, url: str) -> None:
+    :param origin: of the PDS.
+    """
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._cookies = RequestsCookieJar()
+        self._signed_in: set[str] = set()
+
+    def authorize(self, url: str, account: Account, approve: bool = True) -> str:
+        """Sign in at the authorization URL and consent, as a person does, or refuse at once. Returns the callback
+        URL."""
+        visit = _Visit(self._origin, url, self._cookies)
+        if not approve:
+            return visit.follow(visit.call("reject", {})["url"])
+        if account.did not in self._signed_in:
+            credentials = {"username": account.handle, "password": account.password, "locale": "en", "remember": True}
+            visit.call("sign-in", credentials)
+            self._signed_in.add(account.did)
+        return visit.follow(visit.call("consent", {"did": account.did})["url"])
+
+
+class _Visit:
+    """One visit to the authorization page."""
+
+    def __init__(self, origin: str, url: str, cookies: RequestsCookieJar) -> None:
         self._origin = origin
         self._url = url
         self._session = requests.Session()
         self._session.trust_env = False
+        self._session.cookies = cookies
         self._navigate(url, {"Sec-Fetch-Site": "none"}, 200)
 
-    def call(self, endpoint: str, payload: Mapping[str, Any], *, bearer: str | None = None) -> dict[str, Any]:
+    def call(self, endpoint: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         headers = {
             "Sec-Fetch-Site": "same-origin",
             "Sec-Fetch-Mode": "same-origin",
@@ -170,8 +189,6 @@ class _Browser:
             "Referer": self._url,
             "x-csrf-token": self._session.cookies.get("csrf-token") or "",
         }
-        if bearer is not None:
-            headers["Authorization"] = f"Bearer {bearer}"
         body: dict[str, Any] = self._send("POST", f"{self._origin}{_API}/{endpoint}", headers, 200, payload).json()
         return body
 

@@ -64,9 +64,6 @@ const pds = await PDS.fromEnv({
   adminPassword: secret(),
   plcRotationKeyK256PrivateKeyHex: secret(),
 })
-// A sign-in takes 400 ms, whatever it comes to, so that its time tells nothing. It is most of what a log-in takes here.
-const { accountManager } = pds.ctx.oauthProvider
-accountManager.authenticateAccount = (deviceId, deviceMetadata, data) => accountManager.store.authenticateAccount(data)
 // What pds.start() does, except that it would listen on the public port, and on every interface.
 await pds.ctx.sequencer.start()
 const upstream = `http://127.0.0.1:${await listen(pds.app)}`

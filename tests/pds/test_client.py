@@ -34,7 +34,7 @@ from tests.network import raw
 from tests.network.raw import SCOPE, LoggedIn, error_of, tokens_of
 from tests.pds import proxy
 from tests.pds.by_hand import take_over
-from tests.pds.harness import PATIENCE, NodeClient, RealPDS
+from tests.pds.harness import PATIENCE, Browser, NodeClient, RealPDS
 from tests.pds.proxy import Refresh
 
 ROUNDS = 20
@@ -49,8 +49,8 @@ def node(real_pds: RealPDS, client: OAuthClient) -> Iterator[NodeClient]:
         yield node
 
 
-def log_in(pds: RealPDS, client: OAuthClient, account: Account, **options: Any) -> OAuthSession:
-    return client.callback(pds.authorize(client.authorize(account.handle), account), **options).session
+def log_in(browser: Browser, client: OAuthClient, account: Account, **options: Any) -> OAuthSession:
+    return client.callback(browser.authorize(client.authorize(account.handle), account), **options).session
 
 
 def stored(client: OAuthClient, key: str) -> Session:
@@ -73,12 +73,14 @@ def call(by_hand: LoggedIn) -> requests.Response:
 
 @pytest.mark.duty(4, 17, 33)
 @pytest.mark.parametrize("start", ["handle", "did", "pds_url"])
-def test_an_account_logs_in(real_pds: RealPDS, client: OAuthClient, pds_account: Account, start: str) -> None:
+def test_an_account_logs_in(
+    real_pds: RealPDS, browser: Browser, client: OAuthClient, pds_account: Account, start: str
+) -> None:
     given = real_pds.pds_url if start == "pds_url" else getattr(pds_account, start)
     updates: list[SessionUpdatedEvent] = []
     client.sessions.on_updated(updates.append)
 
-    result = client.callback(real_pds.authorize(client.authorize(given, state="mine"), pds_account))
+    result = client.callback(browser.authorize(client.authorize(given, state="mine"), pds_account))
 
     assert result.state == "mine"
     assert result.session.did == pds_account.did
@@ -99,10 +101,10 @@ def test_an_unknown_handle_is_an_error(client: OAuthClient) -> None:
 
 @pytest.mark.duty(31)
 def test_a_declined_log_in_is_an_error_and_cannot_be_ended_again(
-    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+    browser: Browser, client: OAuthClient, pds_account: Account
 ) -> None:
     url = client.authorize(pds_account.handle, state="mine")
-    callback = real_pds.authorize(url, pds_account, approve=False)
+    callback = browser.authorize(url, pds_account, approve=False)
     with pytest.raises(OAuthCallbackError, match="access_denied") as caught:
         client.callback(callback)
     assert caught.value.state == "mine"
@@ -111,9 +113,9 @@ def test_a_declined_log_in_is_an_error_and_cannot_be_ended_again(
     assert client.sessions.get_stored(pds_account.did) is None
 
 
-def test_fewer_scopes_may_be_asked_for(real_pds: RealPDS, client: OAuthClient, pds_account: Account) -> None:
+def test_fewer_scopes_may_be_asked_for(browser: Browser, client: OAuthClient, pds_account: Account) -> None:
     url = client.authorize(pds_account.handle, scope="atproto")
-    session = client.callback(real_pds.authorize(url, pds_account)).session
+    session = client.callback(browser.authorize(url, pds_account)).session
     assert session.token_info().scope == "atproto"
 
 
@@ -148,10 +150,10 @@ def test_a_newer_token_is_the_answer_to_a_rejected_one(
 
 @pytest.mark.duty(36)
 def test_an_expired_token_is_replaced_before_it_is_used(
-    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+    real_pds: RealPDS, browser: Browser, client: OAuthClient, pds_account: Account
 ) -> None:
     with real_pds.token_lifetime(0.3):
-        session = log_in(real_pds, client, pds_account)
+        session = log_in(browser, client, pds_account)
     wait_until(lambda: session.token_info(refresh=False).expired)
     real_pds.proxy.reset()
 
@@ -164,10 +166,10 @@ def test_an_expired_token_is_replaced_before_it_is_used(
 
 @pytest.mark.duty(40)
 def test_the_word_of_the_server_counts_for_more_than_the_clock(
-    real_pds: RealPDS, client: OAuthClient, pds_account: Account
+    real_pds: RealPDS, browser: Browser, client: OAuthClient, pds_account: Account
 ) -> None:
     with real_pds.token_lifetime(0.3):
-        session = log_in(real_pds, client, pds_account)
+        session = log_in(browser, client, pds_account)
     store_tokens(client, pds_account.did, expires_at=datetime.now(UTC) + timedelta(hours=1))
     by_hand = take_over(client, pds_account)
     wait_until(lambda: call(by_hand).status_code == 401)
@@ -181,13 +183,13 @@ def test_the_word_of_the_server_counts_for_more_than_the_clock(
 @pytest.mark.parametrize("store", ["sqlite", "json"])
 @pytest.mark.parametrize("kind", ["expired", "rejected"])
 def test_a_herd_of_threads_and_processes_refreshes_once_and_loses_no_request(
-    real_pds: RealPDS, pds_account: Account, tmp_path: Path, store: str, kind: str
+    real_pds: RealPDS, browser: Browser, pds_account: Account, tmp_path: Path, store: str, kind: str
 ) -> None:
     url, options = f"{store}:///{tmp_path}/sessions", real_pds.client_options()
     metadata = ClientMetadata.loopback(SCOPE, [raw.REDIRECT_URI])
     did = pds_account.did
     with OAuthClient(metadata, store=url, **options) as client:
-        log_in(real_pds, client, pds_account)
+        log_in(browser, client, pds_account)
         dead = stored(client, did).token_set.access_token
         client.sessions.get_session(did, True)
         real_pds.proxy.reset()
@@ -287,9 +289,9 @@ def test_signing_out_works_here_even_if_the_server_is_away(
 
 
 def test_sessions_of_one_account_live_side_by_side(
-    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, pds_account: Account
+    browser: Browser, client: OAuthClient, session: OAuthSession, pds_account: Account
 ) -> None:
-    log_in(real_pds, client, pds_account, session_id="phone")
+    log_in(browser, client, pds_account, session_id="phone")
     phone = stored(client, f"{session.did}#phone").token_set
 
     client.restore(session.did, refresh=True)
@@ -320,10 +322,10 @@ def test_requests_of_a_programs_own_are_signed_and_renewed(
 
 
 def test_a_session_of_the_reference_client_is_taken_over(
-    real_pds: RealPDS, client: OAuthClient, node: NodeClient, pds_account: Account
+    real_pds: RealPDS, browser: Browser, client: OAuthClient, node: NodeClient, pds_account: Account
 ) -> None:
     did = pds_account.did
-    theirs = node.callback(real_pds.authorize(node.authorize(pds_account.handle), pds_account)).document
+    theirs = node.callback(browser.authorize(node.authorize(pds_account.handle), pds_account)).document
     real_pds.proxy.reset()
 
     client._store.set(did, from_document(did, theirs))
@@ -366,11 +368,11 @@ def test_a_session_is_handed_over_to_the_reference_client(
 
 
 def test_what_the_reference_client_stores_is_what_is_stored_here(
-    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, node: NodeClient, pds_account: Account
+    browser: Browser, client: OAuthClient, session: OAuthSession, node: NodeClient, pds_account: Account
 ) -> None:
     """But for the library's own member, and the slash that the reference client may end ``aud`` with."""
     ours = to_document(session.did, stored(client, session.did))
-    theirs = node.callback(real_pds.authorize(node.authorize(pds_account.handle), pds_account)).document
+    theirs = node.callback(browser.authorize(node.authorize(pds_account.handle), pds_account)).document
     assert {*ours} - {"atprotoSession"} == {*theirs}
     for name in ("dpopJwk", "authMethod", "tokenSet"):
         assert {*ours[name]} == {*theirs[name]}

@@ -246,14 +246,14 @@ def test_a_herd_of_threads_and_processes_refreshes_once(
 
 
 @pytest.mark.duty(30)
-def test_keys_rotate(either_way: Application, real_pds: RealPDS, pds_account: Account) -> None:
+def test_keys_rotate(application: Application, real_pds: RealPDS, pds_account: Account) -> None:
     alice, bob = pds_account, real_pds.create_account()
-    with either_way.deploy(ONE) as client:
+    with application.deploy(ONE) as client:
         log_in(real_pds, client, alice)
     # Published first, and used only when every server has heard of it.
-    with either_way.deploy(ONE, TWO):
-        either_way.let_ten_minutes_pass()
-    with either_way.deploy(TWO, ONE) as client:
+    with application.deploy(ONE, TWO):
+        application.let_ten_minutes_pass()
+    with application.deploy(TWO, ONE) as client:
         log_in(real_pds, client, bob)
         for account, kid in [(alice, "one"), (bob, "two")]:
             client.restore(account.did, refresh=True)
@@ -301,14 +301,14 @@ def test_a_lost_key_keeps_the_session(application: Application, real_pds: RealPD
 
 @pytest.mark.duty(30)
 def test_a_key_that_is_not_published_keeps_the_session(
-    either_way: Application, real_pds: RealPDS, pds_account: Account
+    application: Application, real_pds: RealPDS, pds_account: Account
 ) -> None:
     did = pds_account.did
-    with either_way.deploy(ONE) as client:
+    with application.deploy(ONE) as client:
         log_in(real_pds, client, pds_account)
         before = stored(client, did)
-        either_way.publish(TWO)
-        either_way.let_ten_minutes_pass()
+        application.publish(TWO)
+        application.let_ten_minutes_pass()
         with pytest.raises(OAuthResponseError) as caught:
             client.restore(did, refresh=True)
         assert (caught.value.status, caught.value.error) == (400, "invalid_client")
@@ -317,8 +317,8 @@ def test_a_key_that_is_not_published_keeps_the_session(
         assert stored(client, did).token_set == before.token_set
         assert stored(client, did).attempt is None, "nothing is in doubt"
 
-        either_way.publish(ONE)
-        either_way.let_ten_minutes_pass()
+        application.publish(ONE)
+        application.let_ten_minutes_pass()
         client.restore(did, refresh=True)
     token = before.token_set.refresh_token or ""
     assert real_pds.proxy.refreshes() == [Refresh(token, 400), Refresh(token, 200)]
@@ -346,23 +346,23 @@ def test_a_kid_that_gets_another_key_ends_its_sessions(
 
 
 def test_a_site_that_is_away_keeps_the_session(
-    either_way: Application, real_pds: RealPDS, pds_account: Account
+    application: Application, real_pds: RealPDS, pds_account: Account
 ) -> None:
     did = pds_account.did
-    with either_way.deploy(ONE) as client:
+    with application.deploy(ONE) as client:
         log_in(real_pds, client, pds_account)
-        either_way.go_away()
+        application.go_away()
         client.restore(did, refresh=True)
         before = stored(client, did)
 
-        either_way.let_ten_minutes_pass()
+        application.let_ten_minutes_pass()
         with pytest.raises(OAuthResponseError) as caught:
             client.restore(did, refresh=True)
         assert (caught.value.status, caught.value.error) == (400, "invalid_client_metadata")
         assert stored(client, did).token_set == before.token_set
         assert client.restore(did).get(GET_SESSION).status_code == 200, "the PDS needs no metadata for that"
 
-        either_way.publish(ONE)
+        application.publish(ONE)
         client.restore(did, refresh=True)
 
 

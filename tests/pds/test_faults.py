@@ -33,7 +33,7 @@ from atproto_session.testing.network import Account
 from tests.core import SOON, Worker
 from tests.network.raw import GET_SESSION, LoggedIn, error_of
 from tests.pds import proxy
-from tests.pds.harness import RealPDS
+from tests.pds.harness import Browser, RealPDS
 from tests.pds.proxy import Action, Refresh
 
 TOKEN = "/oauth/token"
@@ -273,7 +273,7 @@ def test_an_answer_that_comes_late_is_stored_nevertheless(
     before = stored(client, session.did)
     fault = real_pds.proxy.arm(TOKEN, proxy.late())
     with pytest.raises(LockTimeoutError) as caught:
-        refresh(client, session.did, timeout=2.0)
+        refresh(client, session.did, timeout=3.0)
     assert caught.value.retryable
     assert fault.arrived.is_set()
     assert not fault.fired.is_set()
@@ -320,12 +320,13 @@ def test_a_log_in_during_a_refresh_is_not_replaced_by_it(
     client: OAuthClient,
     session: OAuthSession,
     by_hand: LoggedIn,
+    browser: Browser,
     pds_account: Account,
     store: str,
 ) -> None:
     did = session.did
     with another_worker(real_pds, client, store, timeout=0.2) as impatient:
-        url = real_pds.authorize(impatient.authorize(did), pds_account)
+        url = browser.authorize(impatient.authorize(did), pds_account)
         # The log-in has a token request of its own, which is not the one that is to come late.
         with refresh_under_way(real_pds, client, did) as work:
             impatient.callback(url)

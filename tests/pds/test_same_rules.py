@@ -30,7 +30,7 @@ from tests.network.raw import (
     query_of,
     tokens_of,
 )
-from tests.pds.harness import PATIENCE, RealPDS
+from tests.pds.harness import PATIENCE, Browser, RealPDS
 
 UNKNOWN_REFRESH_TOKEN = "ref-" + "0" * 64
 NONCE_WANTED = "Authorization server requires nonce in DPoP proof"
@@ -47,6 +47,7 @@ class Server:
 
     url: str
     network: Network
+    create_account: Callable[[], Account]
     account: Account
     log_in_briefly: Callable[[], LoggedIn]
 
@@ -73,7 +74,7 @@ def local_server(network: LocalNetwork) -> Server:
         network.expire_access_tokens(alice.account.did)
         return alice
 
-    local = Server(network.pds_url, network, network.create_account(), log_in_briefly)
+    local = Server(network.pds_url, network, network.create_account, network.create_account(), log_in_briefly)
     return local
 
 
@@ -82,7 +83,7 @@ def real_server(pds: RealPDS) -> Server:
         with pds.token_lifetime(0.3):  # anything shorter counts as the end of the session
             return real.log_in()
 
-    real = Server(pds.pds_url, pds, pds.create_account(), log_in_briefly)
+    real = Server(pds.pds_url, Browser(pds.pds_url), pds.create_account, pds.create_account(), log_in_briefly)
     return real
 
 
@@ -274,9 +275,9 @@ def test_a_token_response_has_these_members(server: Server) -> None:
 
 
 def test_a_code_used_twice_ends_its_session(server: Server) -> None:
-    client = server.client()
-    code = client.code(server.network, server.account)
-    alice = LoggedIn(server.account, client, tokens_of(client.exchange(code)))
+    client, account = server.client(), server.create_account()  # the real PDS also signs it out of the browser
+    code = client.code(server.network, account)
+    alice = LoggedIn(account, client, tokens_of(client.exchange(code)))
     assert_refused_at_token_endpoint(client.exchange(code), "invalid_grant", "Invalid code")
     assert_session_is_gone(alice)
 

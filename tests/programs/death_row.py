@@ -23,7 +23,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import dns.resolver  # noqa: F401 - loaded before the fork, as is what follows
@@ -34,6 +33,7 @@ from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, 
 from atproto_session.locks.files import _FileHold
 from atproto_session.server import AccountAuthority
 from atproto_session.stores import FullStore, open_store, rotate_encryption
+from atproto_session.stores.connections import Connection
 
 T = TypeVar("T")
 
@@ -99,13 +99,12 @@ class Steps:
         self.watch(os, "open")  # after which a new file is empty
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (fcntl, "flock")):
             setattr(owner, name, self.before(name, getattr(owner, name)))
-        steps = self
+        execute = sqlite3.Connection.execute
 
-        class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-                return steps.before(sql.split()[0], super().execute)(sql, *arguments)
+        def stepped(connection: Connection, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            return self.before(sql.split()[0], execute)(connection, sql, *arguments)
 
-        vars(sqlite3)["connect"] = partial(sqlite3.connect, factory=Connection)
+        Connection.execute = stepped  # type: ignore[assignment]
 
     def watch_store(self, store: FullStore) -> None:
         """Step at what a store and its locks are asked to do."""
