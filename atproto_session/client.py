@@ -140,7 +140,8 @@ class OAuthClient:
         :param account: a handle, a DID, or the URL of a PDS or an authorization server.
         :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has.
         :param state: anything; :meth:`callback` gives it back. It stays here, and is not sent.
-        :param redirect_uri: one of the metadata's; by default the first.
+        :param redirect_uri: one of the metadata's; by default the first. One on loopback that is registered without a
+            port may have any.
         :param prompt: ``"login"``, ``"consent"``, ``"select_account"``, ``"none"`` or ``"create"`` (OpenID Connect Core
             section 3.1.2.1).
         :param ui_locales: languages for the pages, separated by spaces.
@@ -150,6 +151,8 @@ class OAuthClient:
         :raises ClientMetadataError: the scope or the redirect URI is not registered.
         :raises AuthMethodUnsatisfiableError: the server does not take the client's way to authenticate.
         :raises OAuthResponseError: the server refused the request.
+        :raises TransportError: the server gave no usable answer.
+        :raises StoreError: the log-in could not be stored.
         """
         redirect_uri = self.metadata.check_redirect_uri(redirect_uri or self.metadata.redirect_uris[0])
         scope = self.metadata.check_scope(scope or self.metadata.scope)
@@ -202,8 +205,10 @@ class OAuthClient:
         :param session_id: stores the session beside others of the same account.
         :raises OAuthCallbackError: the parameters belong to no log-in that was begun here, to one that has been ended
             already, or say that the user declined.
+        :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         :raises SessionError: the code could not be exchanged, or the tokens are not the account's. Log in again.
         """
+        _check_session_id(session_id)
         given = _params_of(params)
         state = given.get("state")
         login = self._store.logins.take(state) if state else None
@@ -266,16 +271,27 @@ class OAuthClient:
         """The session of an account that has logged in before, here or on any machine that shares the store.
 
         :param refresh: see :meth:`.SessionGetter.get_session`, which has the errors as well.
+        :raises IdentityError: ``did`` is not a DID (a handle is none).
+        :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
         key = _key_of(did, session_id)
         return self._open(key, self.sessions.get_session(key, refresh))
 
     def auth(self, did: str, *, session_id: str | None = None) -> AuthBase:
-        """Authentication as the account, for code that brings a ``requests.Session`` of its own."""
+        """Authentication as the account, for code that brings a ``requests.Session`` of its own.
+
+        :raises IdentityError: ``did`` is not a DID.
+        :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
+        """
         return AccountAuth(self._signer(_key_of(did, session_id)))
 
     def revoke(self, did: str, *, session_id: str | None = None) -> None:
-        """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same."""
+        """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
+
+        :raises IdentityError: ``did`` is not a DID.
+        :raises StoreError: the store cannot be written.
+        :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
+        """
         self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
 
     def close(self) -> None:
@@ -313,11 +329,13 @@ class OAuthClient:
 
 def _key_of(did: str, session_id: str | None) -> str:
     check_did(did)
-    if session_id is None:
-        return did
-    if not session_id.isprintable() or not 0 < len(session_id) <= 256:
+    _check_session_id(session_id)
+    return did if session_id is None else f"{did}#{session_id}"
+
+
+def _check_session_id(session_id: str | None) -> None:
+    if session_id is not None and not (session_id.isprintable() and 0 < len(session_id) <= 256):
         raise ValueError("a session_id is 1 to 256 printable characters")
-    return f"{did}#{session_id}"
 
 
 def _params_of(params: Mapping[str, Any] | str) -> dict[str, str]:

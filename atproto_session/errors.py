@@ -11,10 +11,10 @@
     ├── OAuthResponseError            an OAuth error answer                      (session kept)
     ├── OAuthCallbackError            a log-in that did not end well
     ├── RefreshInterruptedError       a refresh was sent, its answer never came  retryable
-    ├── TransportError                a request could not be made                retryable
+    ├── TransportError                a request could not be made                mostly retryable
     ├── LockTimeoutError              waited long enough (also a TimeoutError)   retryable
     ├── CancelledError                the caller's ``cancel`` event was set      retryable
-    ├── StoreError                    the store cannot be read or written
+    ├── StoreError                    the store cannot be read or written        sometimes retryable
     ├── IdentityError                 a handle or DID does not resolve
     ├── DiscoveryError                no usable authorization server was found
     └── ClientMetadataError           the client's own configuration is wrong

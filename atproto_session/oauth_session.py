@@ -153,8 +153,10 @@ class DPoPAdapter(BaseAdapter):
 
 class OAuthSession(requests.Session):
     """One account, ready to use: a ``requests.Session`` for its PDS. Relative URLs go there, and nothing else may:
-    tokens are for the PDS alone, so a redirect to another origin is an error. Made by :class:`.OAuthClient`; cheap, so
-    make one for each thread.
+    tokens are for the PDS alone, so a request or a redirect to another origin is a :exc:`.TransportError`. A request
+    without ``timeout`` has 10 seconds to connect and 60 between any two pieces of the answer. Beside what requests
+    raises, a request raises what :meth:`.SessionGetter.get_session` does. Made by :class:`.OAuthClient`; cheap, so make
+    one for each thread.
 
     :ivar did: the account's DID.
     """
@@ -174,13 +176,16 @@ class OAuthSession(requests.Session):
         return super().prepare_request(request)
 
     def token_info(self, refresh: Literal["auto"] | bool = "auto") -> TokenInfo:
-        """What may be shown of the tokens. ``refresh`` as in :meth:`.SessionGetter.get_session`."""
+        """What may be shown of the tokens. ``refresh`` and the errors as in :meth:`.SessionGetter.get_session`."""
         tokens = self._signer.getter.get_session(self._signer.key, refresh).token_set
         expired = None if tokens.expires_at is None else self._signer.getter.freshness.is_expired(tokens)
         return TokenInfo(tokens.expires_at, expired, tokens.scope, tokens.iss, tokens.aud, tokens.sub)
 
     def sign_out(self) -> None:
-        """Delete the session here, and end it at its server if that can be reached."""
+        """Delete the session here, and end it at its server if that can be reached.
+
+        :raises StoreError: the store cannot be written.
+        """
         self._signer.forget()
         self._signer.getter.delete_stored(self._signer.key, revoke=True)
 

@@ -186,6 +186,14 @@ def test_two_sessions_of_one_account(network: LocalNetwork, client: OAuthClient,
         client.restore(account.did, session_id="")
 
 
+def test_a_bad_session_id_costs_nothing(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
+    callback = network.authorize(client.authorize(account.did), account)
+    with pytest.raises(ValueError, match="session_id"):
+        client.callback(callback, session_id="")
+    assert client.callback(callback, session_id="work").session.did == account.did
+
+
+@pytest.mark.duty(23)
 def test_what_cannot_be_begun(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     with pytest.raises(IdentityError) as caught:
         client.authorize("nobody.test")

@@ -62,7 +62,7 @@ def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> None
     client.callback(network.authorize(client.authorize(account.did), account))
 
 
-@pytest.mark.duty(18, 20, 29)
+@pytest.mark.duty(18, 20, 23, 29)
 def test_a_whole_life(application: Application, network: LocalNetwork, account: Account) -> None:
     with application.deploy(ONE) as client:
         log_in(network, client, account)

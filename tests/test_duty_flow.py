@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -224,16 +225,33 @@ def test_a_log_in_that_was_refused_is_not_pending(
     assert take(taken[0]) is None
 
 
+@pytest.fixture(params=["memory:", "json", "sqlite"])
+def anywhere(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Iterator[OAuthClient]:
+    """A client, over each kind of store."""
+    url = request.param if request.param == "memory:" else f"{request.param}:///{tmp_path}/place"
+    with OAuthClient(ClientMetadata.loopback(), store=url, **network.client_options()) as client:
+        yield client
+
+
 @pytest.mark.duty(25)
 def test_a_log_in_expires(
-    network: LocalNetwork, client: OAuthClient, account: Account, monkeypatch: pytest.MonkeyPatch
+    network: LocalNetwork, anywhere: OAuthClient, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback = network.authorize(client.authorize(account.did), account)
+    callback = network.authorize(anywhere.authorize(account.did), account)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3601)
     with pytest.raises(OAuthCallbackError, match="longer than an hour"):
-        client.callback(callback)
+        anywhere.callback(callback)
     assert network.token_requests == 0
+
+
+@pytest.mark.duty(25)
+def test_a_log_in_ends_once(network: LocalNetwork, anywhere: OAuthClient, account: Account) -> None:
+    callback = network.authorize(anywhere.authorize(account.did), account)
+    anywhere.callback(callback)
+    with pytest.raises(OAuthCallbackError, match="ended already"):
+        anywhere.callback(callback)
+    assert network.token_requests == 1
 
 
 @pytest.mark.duty(25, 31)
@@ -679,7 +697,7 @@ def test_a_token_endpoint_that_wants_rest_gets_it(
     assert client.restore(session.did).get(GET_SESSION).status_code == 200
 
 
-@pytest.mark.duty(42)
+@pytest.mark.duty(14, 15, 42)
 @pytest.mark.parametrize("endpoint", ["par", "token", "revoke", "plc", "protected-resource", "as-metadata"])
 def test_no_redirect_is_followed_where_none_is_due(
     endpoint: str, network: LocalNetwork, account: Account, caplog: pytest.LogCaptureFixture

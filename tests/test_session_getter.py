@@ -248,7 +248,7 @@ def test_the_attempt_stands_in_the_record_while_the_request_is_out() -> None:
     assert seen[0] is not None
     attempt = seen[0].attempt
     assert attempt is not None
-    assert attempt.answer_by - attempt.started_at == pytest.approx(rig.authority.answer_within)
+    assert attempt.answer_by - attempt.started_at > rig.authority.answer_within, "and to store the answer"
     assert attempt.answers_lost == 0
 
 

@@ -17,7 +17,6 @@ sessions are safe between the threads of one process only. It proves itself by s
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Protocol, cast
 
@@ -25,12 +24,13 @@ from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import Locks
 from ..session import Session, TokenSet
 from .completed import CompletedStore, MappingStore
-from .document import EncryptionKeys
+from .document import Codec, EncryptionKeys
 from .jsonfile import JSONStore
 from .memory import MemoryStore
 from .sqlite import SQLiteStore
 
 __all__ = [
+    "Codec",
     "EncryptionKeys",
     "FullStore",
     "JSONStore",
@@ -135,9 +135,8 @@ _REST = ("replace", "clear", "__iter__", "close", "locks", "logins")
 def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
     """The store that ``url`` names.
 
-    ``memory:`` | ``json:///directory`` | ``sqlite:///file.db`` | ``redis://host/0`` | ``postgresql://host/database`` |
-    ``mysql://host/database``. Paths are written as SQLAlchemy writes them: three slashes and a relative path, or four
-    in all for an absolute one.
+    ``memory:``, ``json:///directory`` or ``sqlite:///file.db``. Paths are written as SQLAlchemy writes them: three
+    slashes and a relative path, or four in all for an absolute one.
 
     :param encryption_keys: Fernet keys: records are encrypted with the first and can be read with any of them. To
         rotate, put the new key first, restart every worker, call :func:`rotate_encryption`, and take the old key out an
@@ -157,29 +156,11 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
         if scheme == "json":
             return JSONStore(path, encryption_keys=encryption_keys)
         return SQLiteStore(path, encryption_keys=encryption_keys)
-    if scheme not in _SERVERS:
-        # The scheme alone: a URL may hold a password.
-        raise StoreError(
-            f"no session store is known for {printable(scheme, 20) or 'a URL without a scheme'!r}; known are memory:, "
-            "json:///directory, sqlite:///file.db, redis://, postgresql:// and mysql://"
-        )
-    module, name, extra = _SERVERS[scheme]
-    try:
-        opener = getattr(importlib.import_module(module, __name__), name)
-    except ImportError as error:
-        raise StoreError(
-            f"a {scheme}: session store needs more than is installed: pip install 'atproto-session[{extra}]'"
-        ) from error
-    return cast(FullStore, opener(url, encryption_keys=encryption_keys))
-
-
-#: The stores that need an extra: module, class (called with the URL and ``encryption_keys``), extra.
-_SERVERS = {
-    "redis": (".redis", "RedisStore", "redis"),
-    "rediss": (".redis", "RedisStore", "redis"),
-    "postgresql": (".sql", "SQLStore", "sql"),
-    "mysql": (".sql", "SQLStore", "sql"),
-}
+    # The scheme alone: a URL may hold a password.
+    raise StoreError(
+        f"no session store is known for {printable(scheme, 20) or 'a URL without a scheme'!r}; known are memory:, "
+        "json:///directory and sqlite:///file.db"
+    )
 
 
 #: How many failures a message lists; all are in its cause.

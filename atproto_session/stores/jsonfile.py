@@ -41,7 +41,7 @@ class JSONStore:
     On Windows a file that is being read cannot be replaced; prefer :class:`.SQLiteStore` there.
 
     :param directory: made when missing, for its owner alone.
-    :param encryption_keys: see :class:`.Codec`.
+    :param encryption_keys: see :func:`.open_store`.
     :raises StoreError: the directory cannot be used.
     """
 

@@ -51,7 +51,7 @@ class SQLiteStore:
 
     :param path: the database file, made when missing, for its owner alone. Not on a network file system, where WAL
         does not work. The lock files are beside it, in ``<path>.locks``.
-    :param encryption_keys: see :class:`.Codec`.
+    :param encryption_keys: see :func:`.open_store`.
     :param busy_timeout: how long a write waits for the write of another process, in seconds.
     :raises StoreError: the file cannot be used, or was written by a later release.
     """
