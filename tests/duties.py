@@ -44,7 +44,7 @@ DUTIES = {
     14: "The protected resource metadata of the PDS name exactly one authorization server.",
     15: "The authorization server's metadata name the issuer that was asked.",
     16: "All that the profile demands of the metadata holds before they are used.",
-    17: "The URL of a server may be that of its PDS or of its authorization server; no endpoint in metadata is trusted.",
+    17: "The URL of a server may be a PDS's or an authorization server's; no endpoint in metadata is trusted.",
     18: "The client identifier is an https URL, equal to where its document is served.",
     19: "The document has the grant types, response types, scopes and redirect URIs that are asked for.",
     20: "Confidential clients use ``private_key_jwt`` with ES256 and publish public keys alone; public ones use none.",

@@ -107,7 +107,7 @@ class TestLoadPrivateKey:
             ("kty", "OKP"),
             ("kty", None),
             ("crv", "P-384"),
-            ("crv", "P-384"),
+            ("crv", None),
             ("alg", "ES256K"),
             ("alg", ["ES256"]),
             ("use", "enc"),

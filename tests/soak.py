@@ -1,0 +1,421 @@
+"""Everything at once, for a while: ``python -m tests.soak --seconds 600``.
+
+Processes and threads use many accounts over one store. Requests and answers get lost, servers fail, tokens expire and are
+refused early, owners log out and in, sessions are ended at the server, and processes are killed. Some sessions are lost
+by that: whoever loses the answer to a refresh has lost the tokens in it. None may be lost by anything else, no refresh
+token may be sent again while an answer to it may still come, and whoever comes after a process that was killed must
+find its lock free and the record in order. The exit code is 0 if so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+from atproto_session import OAuthClient, Session, SessionError, StoreError
+from atproto_session.testing.network import Account, LocalNetwork
+from atproto_session.testing.network.routes import Route
+from atproto_session.testing.network.wire import Request, Response
+
+from .crew import ROOT
+from .programs.soak_worker import ANSWER_WITHIN, HEADER, make_client
+
+#: What happens to requests, how often in relation to the others, and its options. Of what happens to refreshes, the
+#: first lines lose nothing, the last may.
+FAULTS: tuple[tuple[int, str, str, dict[str, Any]], ...] = (
+    (3, "plc", "status", {"status": 503}),
+    (3, "protected-resource", "cut_before", {}),
+    (3, "as-metadata", "html", {}),
+    (6, "resource", "cut_after", {}),
+    (6, "resource", "status", {"status": 502}),
+    (6, "resource", "nonce_challenge", {}),
+    (6, "refresh", "nonce_challenge", {}),
+    (6, "refresh", "cut_before", {}),
+    (6, "refresh", "status", {"status": 503}),
+    (3, "refresh", "status", {"status": 429, "headers": {"Retry-After": "1"}}),
+    (3, "refresh", "oauth_error", {"error": "temporarily_unavailable", "status": 400}),
+    (6, "refresh", "hold", {"seconds": 0.5}),
+    (6, "refresh", "late", {"seconds": 0.5}),
+    (3, "refresh", "no_nonce", {}),
+    (2, "refresh", "no_refresh_token", {}),
+    (2, "refresh", "cut_after", {}),
+    (2, "refresh", "status", {"status": 502, "processed": True}),
+    (1, "refresh", "html", {"processed": True}),
+    (1, "refresh", "late", {"seconds": ANSWER_WITHIN + 1.0}),
+    (1, "refresh", "wrong_sub", {}),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much of it."""
+
+    seconds: float = 60.0
+    processes: int = 4
+    threads: int = 8
+    accounts: int = 20
+    seed: int = 0
+    store: str = "sqlite"
+
+
+@dataclass
+class Totals:
+    """What came of it.
+
+    :ivar counts: how often what was done in the workers ended how.
+    :ivar lost: sessions that came to an end without their owner having logged out, by reason.
+    :ivar broken: what must not happen and did.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    refreshes: int = 0
+    kills: int = 0
+    log_ins: int = 0
+    log_outs: int = 0
+
+    def __str__(self) -> str:
+        def listed(counts: Counter[str]) -> str:
+            return ", ".join(f"{what} {count}" for what, count in sorted(counts.items())) or "none"
+
+        return "\n".join(
+            (
+                f"requests served   {self.counts['served']}",
+                f"refreshes         {self.refreshes}",
+                f"kills             {self.kills}",
+                f"log-ins, log-outs {self.log_ins}, {self.log_outs}",
+                f"faults            {self.faults.total()}: {listed(self.faults)}",
+                f"calls that ended  {listed(self.counts)}",
+                f"sessions lost     {self.lost.total()}: {listed(self.lost)}",
+                f"broken promises   {len(self.broken)}",
+                *self.broken[:20],
+            )
+        )
+
+
+@dataclass
+class Use:
+    """One use of a refresh token, as the server sees it.
+
+    :ivar ended: when the answer was on its way, if it was.
+    :ivar untouched: the answer was the server's own.
+    """
+
+    did: str
+    pid: int
+    began: float
+    ended: float | None = None
+    untouched: bool = False
+
+
+class Watch:
+    """Sees every refresh request, and says whether it was one too many."""
+
+    def __init__(self, network: LocalNetwork, totals: Totals) -> None:
+        self.killed: dict[int, float] = {}
+        self._network = network
+        self._totals = totals
+        self._lock = threading.Lock()
+        self._uses: defaultdict[str, list[Use]] = defaultdict(list)
+        self._answer = network._faults.answer
+        network._faults.answer = self.answer  # type: ignore[method-assign]
+
+    def answer(self, endpoints: Iterable[str], route: Route, request: Request) -> Response:
+        if "refresh" not in endpoints:
+            return self._answer(endpoints, route, request)
+        token = request.form["refresh_token"]
+        info = self._network.session_of(token)
+        use = Use(info.did if info else "", int(request.headers[HEADER]), time.monotonic())
+        with self._lock:
+            for earlier in self._uses[token]:
+                if not self.may_be_lost(earlier, use.began):
+                    self._totals.broken.append(f"{use.did}: a token was sent twice, though nothing was lost")
+            self._uses[token].append(use)
+        answers: list[Response] = []
+
+        def process(request: Request) -> Response:
+            answers.append(route.process(request))
+            return answers[-1]
+
+        try:
+            response = self._answer(endpoints, changed(route, process=process), request)
+        finally:
+            use.ended = time.monotonic()
+        if b"use_dpop_nonce" in response.body:
+            with self._lock:
+                self._uses[token].remove(use)
+        use.untouched = bool(answers) and response is answers[-1]
+        return response
+
+    def may_be_lost(self, use: Use, at: float) -> bool:
+        """Whether the answer to ``use`` may have been lost, for all that was known at that time."""
+        if self.killed.get(use.pid, at) < at:
+            return True
+        if use.ended is None:
+            return at - use.began >= ANSWER_WITHIN
+        return not use.untouched or use.ended - use.began >= ANSWER_WITHIN
+
+    def reason_for_the_end(self, did: str, since: float) -> str | None:
+        """Why the account may have lost its session after that time, as far as refreshes can tell."""
+        with self._lock:
+            uses = [use for uses in self._uses.values() for use in uses if use.did == did and use.began >= since]
+        for use in reversed(uses):
+            if not use.untouched or (use.ended or 0.0) - use.began >= ANSWER_WITHIN:
+                return "an answer was lost"
+            if abs(self.killed.get(use.pid, 0.0) - (use.ended or use.began)) < ANSWER_WITHIN:
+                return "a process was killed"
+        return None
+
+
+class Owner:
+    """The owner of all accounts, who logs in and out, and notices when a session has ended."""
+
+    def __init__(self, client: OAuthClient, network: LocalNetwork, watch: Watch, totals: Totals) -> None:
+        self._client = client
+        self._network = network
+        self._watch = watch
+        self._totals = totals
+        self._sessions: dict[str, Session | None] = {}
+        self._since: dict[str, float] = {}
+        self.ended_at_the_server: set[str] = set()
+
+    def log_in(self, account: Account) -> None:
+        """A new session in the place of the one that there is or was. Faults may strike here as well."""
+        did = account.did
+        began = time.monotonic()
+        for _ in range(20):
+            try:
+                url = self._client.authorize(did)
+                session_of = self._client.callback(self._network.authorize(url, account)).session
+            except SessionError:
+                continue
+            self._totals.log_ins += 1
+            self._since[did] = began
+            self.ended_at_the_server.discard(did)
+            self._sessions[did] = session_of._signer.getter.get_stored(did)
+            return
+        self._totals.broken.append(f"{did}: no log-in succeeds")
+
+    def log_out(self, account: Account) -> None:
+        self._client.revoke(account.did)
+        self._totals.log_outs += 1
+        self._sessions[account.did] = None
+
+    def end_at_the_server(self, account: Account) -> None:
+        self.ended_at_the_server.add(account.did)
+        self._network.revoke_sessions(account.did)
+
+    def look(self, account: Account) -> bool:
+        """Whether the account has a session; it must be the one of the last log-in."""
+        did, expected = account.did, self._sessions.get(account.did)
+        try:
+            stored = self._client.sessions.get_stored(did)
+        except StoreError as error:
+            self._totals.broken.append(f"{did}: the record cannot be read: {error}")
+            return False
+        if stored is not None and (expected is None or not stored.is_same_grant(expected)):
+            self._totals.broken.append(f"{did}: a session came back after it had ended")
+        if stored is None and expected is not None:
+            self._lost(did)
+        return stored is not None
+
+    def _lost(self, did: str) -> None:
+        self._sessions[did] = None
+        if did in self.ended_at_the_server:
+            reason = "ended at the server"
+        else:
+            reason = self._watch.reason_for_the_end(did, self._since[did]) or "our own fault"
+        self._totals.lost[reason] += 1
+        if reason == "our own fault":
+            self._totals.broken.append(f"{did}: its session was lost, though nothing had happened to it")
+
+
+class Workers:
+    """The worker processes: started, killed, started again."""
+
+    def __init__(self, job: dict[str, Any], totals: Totals, watch: Watch) -> None:
+        self._totals = totals
+        self._watch = watch
+        self._alive: list[int] = []
+        self._seeds = itertools.count()
+        self._changed = threading.Condition()
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-m", "tests.programs.soak_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self._say(json.dumps(job))
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def start(self) -> None:
+        self._say(str(next(self._seeds)))
+
+    def kill_one(self, chance: random.Random) -> None:
+        """Kill a worker, if there is one, and start another."""
+        with self._changed:
+            if not self._alive:
+                return
+            pid = self._alive.pop(chance.randrange(len(self._alive)))
+        # Noted before: whoever finds its lock free has to find this as well.
+        self._watch.killed[pid] = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        self._totals.kills += 1
+        self.start()
+
+    def stop(self) -> None:
+        with self._changed:
+            alive, self._alive = self._alive, []
+        for pid in alive:
+            os.kill(pid, signal.SIGTERM)
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.close()
+        if self._nursery.wait(60) != 0:
+            self._totals.broken.append("a worker process ended badly")
+        self._reader.join()
+
+    def _say(self, line: str) -> None:
+        assert self._nursery.stdin is not None
+        print(line, file=self._nursery.stdin, flush=True)
+
+    def _read(self) -> None:
+        assert self._nursery.stdout is not None
+        with self._nursery.stdout as lines:
+            for line in lines:
+                message = json.loads(line)
+                if "pid" in message:
+                    with self._changed:
+                        self._alive.append(message["pid"])
+                else:
+                    self._totals.counts.update(message["counts"])
+                    self._totals.broken.extend(message["broken"])
+
+
+def soak(options: Options) -> Totals:
+    """Let it happen, and say what came of it."""
+    chance, totals = random.Random(options.seed), Totals()
+    with (
+        tempfile.TemporaryDirectory(prefix="atproto-session-soak-") as directory,
+        LocalNetwork(access_token_lifetime=2.0, nonce_lifetime=5.0) as network,
+    ):
+        store = f"{options.store}:///{Path(directory) / 'sessions'}"
+        watch = Watch(network, totals)
+        accounts = [network.create_account() for _ in range(options.accounts)]
+        with make_client(store, network.client_options()) as client:
+            owner = Owner(client, network, watch, totals)
+            for account in accounts:
+                owner.log_in(account)
+            job = {
+                "store": store,
+                "network": network.client_options(),
+                "threads": options.threads,
+                "dids": [account.did for account in accounts],
+            }
+            workers = Workers(job, totals, watch)
+            try:
+                for _ in range(options.processes):
+                    workers.start()
+                _make_mischief(options.seconds, chance, network, accounts, owner, workers, totals)
+                network.clear_faults()
+            finally:
+                workers.stop()
+            for account in accounts:
+                _take_stock(client, account, owner, totals)
+        totals.refreshes = network.rotations
+    return totals
+
+
+def _make_mischief(
+    seconds: float,
+    chance: random.Random,
+    network: LocalNetwork,
+    accounts: list[Account],
+    owner: Owner,
+    workers: Workers,
+    totals: Totals,
+) -> None:
+    stop = threading.Event()
+
+    def own() -> None:
+        for account in itertools.cycle(accounts):
+            if stop.wait(0.02):
+                return
+            if not owner.look(account):
+                owner.log_in(account)
+                continue
+            match chance.randrange(40):
+                case 0:
+                    owner.log_out(account)
+                case 1:
+                    owner.log_in(account)
+                case 2:
+                    owner.end_at_the_server(account)
+
+    weights = [weight for weight, *_ in FAULTS]
+    owning = threading.Thread(target=own)
+    owning.start()
+    try:
+        end = time.monotonic() + seconds
+        next_kill = time.monotonic() + 1.0
+        while (now := time.monotonic()) < end:
+            _, endpoint, action, fault_options = chance.choices(FAULTS, weights)[0]
+            fault = network.fault(endpoint, action, **fault_options)
+            network.expire_access_tokens(chance.choice(accounts).did)
+            if now >= next_kill:
+                workers.kill_one(chance)
+                next_kill = now + chance.uniform(0.2, 2.0)
+            fault.arrived.wait(chance.uniform(0.02, 0.2))
+            totals.faults[f"{endpoint} {action}"] += fault.count
+            if fault.count == 0:
+                fault.disarm()
+    finally:
+        stop.set()
+        owning.join()
+
+
+def _take_stock(client: OAuthClient, account: Account, owner: Owner, totals: Totals) -> None:
+    """When all is quiet: the lock is free, the record in order, and the session good, or lost for a reason."""
+    try:
+        client.sessions.get_session(account.did, True, timeout=ANSWER_WITHIN)
+    except SessionError as error:
+        if not error.login_required:
+            totals.broken.append(f"{account.did}: {type(error).__name__} when all is quiet: {error}")
+    owner.look(account)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=Options.seconds)
+    parser.add_argument("--processes", type=int, default=Options.processes)
+    parser.add_argument("--threads", type=int, default=Options.threads, help="of each process")
+    parser.add_argument("--accounts", type=int, default=Options.accounts)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the mischief, not of its timing")
+    parser.add_argument("--store", choices=("sqlite", "json"), default=Options.store)
+    options = Options(**vars(parser.parse_args(argv)))
+    print(options, flush=True)
+    totals = soak(options)
+    print(totals)
+    return 1 if totals.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

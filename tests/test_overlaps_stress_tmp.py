@@ -1,0 +1,442 @@
+"""Whatever overlaps with a refresh, in whatever order: nobody overwrites or deletes a session that is newer than the
+one they looked at, and nothing is spent twice.
+
+Every overlap is made, not hoped for: the refresh is stopped at an instant, the other comes in between, the refresh goes
+on. The numbers of rounds make at least a hundred overlaps of each kind.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from atproto_session import (
+    CallbackResult,
+    LockTimeoutError,
+    Session,
+    SessionNotFoundError,
+    StoreError,
+    TokenRefreshError,
+    TokenRevokedError,
+)
+from atproto_session.locks import FileLocks
+from atproto_session.testing.network import LocalNetwork, Request, Response
+
+from .core import SOON
+from .programs.store_scene import GET_SESSION, INSTANTS, PROCESSED, SENT, Pause, Scene, present, tokens_of
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{request.param}:///{tmp_path}/sessions"
+
+
+@pytest.fixture
+def clean_up() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+Scenes = Callable[..., Iterator[Scene]]
+
+
+@pytest.fixture
+def scenes(network: LocalNetwork, url: str, clean_up: ExitStack) -> Scenes:
+    """Rounds within one client, and as many between two that have nothing but a path in common."""
+
+    def scenes(rounds: int, *, hasty: bool = False) -> Iterator[Scene]:
+        for alone in (True, False):
+            scene = Scene(network, url, clean_up, alone=alone, hasty=hasty)
+            for _ in range(rounds):
+                yield scene
+
+    return scenes
+
+
+@pytest.fixture
+def scene(network: LocalNetwork, url: str, clean_up: ExitStack) -> Scene:
+    return Scene(network, url, clean_up)
+
+
+at_every_instant = pytest.mark.parametrize("instant", INSTANTS)
+waiting_or_not = pytest.mark.parametrize("hasty", [False, True], ids=["waiting", "hasty"])
+
+
+# Refresh against log-out, log-in, clear
+
+
+@at_every_instant
+@waiting_or_not
+def test_a_log_out_is_final(scenes: Scenes, instant: str, hasty: bool) -> None:
+    for scene in scenes(2, hasty=hasty):
+        first = scene.log_in()
+        refresh = scene.overlap(instant, partial(scene.other.revoke, scene.did), waits_at=None if hasty else "lock")
+        if hasty:
+            with pytest.raises(TokenRevokedError):
+                refresh.outcome()
+        else:
+            assert present(refresh.outcome()).is_same_grant(first)
+        assert scene.stored is None
+        assert scene.is_over(first)
+        assert scene.uses_of(first) == (not hasty or instant in SENT)
+        scene.check_spent_once()
+
+
+@at_every_instant
+@waiting_or_not
+def test_a_log_in_is_not_replaced(scenes: Scenes, instant: str, hasty: bool) -> None:
+    for scene in scenes(2, hasty=hasty):
+        first = scene.log_in()
+        callback = scene.go_to_browser(scene.other)
+        refresh = scene.overlap(
+            instant, partial(scene.come_back, scene.other, callback), waits_at=None if hasty else "lock"
+        )
+        result, newer = present(refresh.outcome()), present(scene.intruder.outcome())
+        scene.check_works(newer)
+        assert not newer.is_same_grant(first)
+        if hasty:
+            assert tokens_of(result) == tokens_of(newer)
+            assert scene.is_over(first) == (instant in SENT), "its tokens had been renewed for nobody"
+        else:
+            assert result.is_same_grant(first)
+        assert scene.uses_of(first) == (not hasty or instant in SENT)
+        scene.check_spent_once()
+
+
+@at_every_instant
+def test_what_was_cleared_stays_away(scenes: Scenes, instant: str) -> None:
+    for scene in scenes(3):
+        first = scene.log_in()
+        refresh = scene.overlap(instant, scene.store.clear)
+        with pytest.raises(TokenRevokedError):
+            refresh.outcome()
+        assert scene.stored is None
+        assert scene.is_over(first) == (instant in SENT), "its tokens had been renewed for nobody"
+        assert scene.uses_of(first) == (instant in SENT)
+        scene.check_spent_once()
+
+
+# Refresh against refresh
+
+
+@at_every_instant
+@pytest.mark.parametrize("rejected", [False, True], ids=["refresh", "rejected token"])
+def test_two_that_need_another_token_spend_one(scenes: Scenes, instant: str, rejected: bool) -> None:
+    for scene in scenes(3):
+        first = scene.logged_in()
+        token = first.token_set.access_token if rejected else None
+        # Of one client, the second joins the flight of the first and never comes to the lock.
+        refresh = scene.overlap(
+            instant,
+            partial(scene.other.sessions.get_session, scene.did, not rejected, rejected=token, timeout=SOON),
+            waits_at="get" if scene.one is scene.other else "lock",
+        )
+        renewed = present(refresh.outcome())
+        assert tokens_of(present(scene.intruder.outcome())) == tokens_of(renewed)
+        scene.check_works(renewed)
+        assert scene.uses_of(first) == 1
+        assert scene.uses_of(renewed) == 0
+        scene.check_spent_once()
+
+
+def break_lock(directory: Path, how: str) -> None:
+    """Do to the lock files of sessions what a cleaner of old files, or somebody's restored backup, does."""
+    for path in list(directory.rglob("*.lock")):
+        if path.parent.name in ("writing", "schema"):  # other locks, which are held for moments only
+            continue
+        if how == "replaced":
+            new = path.with_suffix(".new")
+            new.touch()
+            new.rename(path)
+        else:
+            path.unlink()
+
+
+broken = pytest.mark.parametrize("how", ["deleted", "replaced"])
+
+
+@broken
+@pytest.mark.parametrize("instant", INSTANTS[:2])
+def test_a_lost_lock_stops_a_refresh_unspent(scene: Scene, tmp_path: Path, instant: str, how: str) -> None:
+    def usurp() -> None:
+        break_lock(tmp_path, how)
+        scene.refresh(scene.other).outcome()
+
+    for _ in range(3):
+        first = scene.logged_in()
+        refresh = scene.overlap(instant, usurp)
+        renewed = scene.stored
+        assert tokens_of(present(refresh.outcome())) == tokens_of(present(renewed))
+        scene.check_works(renewed)
+        assert scene.uses_of(first) == 1
+        scene.check_spent_once()
+
+
+@broken
+@pytest.mark.parametrize("instant", SENT)
+def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
+    scene: Scene, tmp_path: Path, instant: str, how: str
+) -> None:
+    # The store still takes the attempt, since no token has changed yet: only the lock tells.
+    for _ in range(3):
+        first = scene.logged_in()
+        stopped, refresh = scene.stopped_refresh("before the attempt")
+        break_lock(tmp_path, how)
+        pause, usurper = scene.stopped_refresh(instant, by_other=True)
+        stopped.release.set()
+        with pytest.raises(LockTimeoutError, match="lost to somebody else"):
+            refresh.outcome()
+        assert scene.uses_of(first) == (instant in PROCESSED)
+        pause.release.set()
+        scene.check_works(present(usurper.outcome()))
+        assert scene.uses_of(first) == 1
+        scene.check_spent_once()
+
+
+@broken
+def test_two_attempts_at_once_stop_each_other_unspent(scene: Scene, tmp_path: Path, how: str) -> None:
+    for _ in range(3):
+        first = scene.logged_in()
+        stopped, refresh = scene.stopped_refresh("before the attempt")
+        break_lock(tmp_path, how)
+        looking, usurper = scene.stopped_refresh("before the last look", by_other=True)
+        stopped.release.set()
+        with pytest.raises(LockTimeoutError, match="lost to somebody else"):
+            refresh.outcome()
+        looking.release.set()
+        with pytest.raises(LockTimeoutError, match="another worker"):
+            usurper.outcome()
+        assert scene.uses_of(first) == 0
+        scene.check_works(first)
+        scene.check_works(present(scene.refresh().outcome()))
+
+
+@broken
+@pytest.mark.parametrize("instant", SENT)
+def test_a_lock_broken_in_flight_costs_no_newer_session(scene: Scene, tmp_path: Path, instant: str, how: str) -> None:
+    # A free lock says that its holder is gone, so the token is sent again, and the server ends the session. What is
+    # left to promise: whoever comes last changes nothing that he has not seen.
+    for _ in range(3):
+        first = scene.log_in()
+        pause, refresh = scene.stopped_refresh(instant)
+        break_lock(tmp_path, how)
+        usurper = scene.refresh(scene.other)
+        if instant == "request sent":
+            renewed = present(usurper.outcome())
+            pause.release.set()
+            assert tokens_of(present(refresh.outcome())) == tokens_of(renewed)
+            assert tokens_of(present(scene.stored)) == tokens_of(renewed)
+        else:
+            with pytest.raises(TokenRefreshError) as caught:
+                usurper.outcome()
+            assert caught.value.answer_lost
+            pause.release.set()
+            with pytest.raises(TokenRevokedError):
+                refresh.outcome()
+            assert scene.stored is None
+        assert scene.is_over(first)
+
+
+@broken
+def test_newer_tokens_of_the_same_grant_are_not_revoked(scene: Scene, tmp_path: Path, how: str) -> None:
+    # The store has taken the tokens and says that it has not; before it is asked again, another worker has refreshed
+    # them. To revoke those that are stored no more would end those that are.
+    for _ in range(3):
+        first = scene.logged_in()
+        pause = scene.steps.pause("after store", error=StoreError("it was not written, it says"))
+        refresh = scene.refresh()
+        pause.wait_until_reached()
+        break_lock(tmp_path, how)
+        renewed = present(scene.refresh(scene.other).outcome())
+        pause.release.set()
+        assert tokens_of(present(refresh.outcome())) == tokens_of(renewed)
+        scene.check_works(renewed)
+        assert not scene.is_over(first)
+        assert scene.network.revocations == 0
+        scene.check_spent_once()
+
+
+# A late refusal
+
+
+def refuse_when_released(network: LocalNetwork) -> Pause:
+    """Have the next refresh refused with ``invalid_grant`` and not processed, as one with a client assertion that was
+    seen before is."""
+    release = threading.Event()
+
+    def respond(request: Request) -> Response:
+        release.wait(SOON)
+        return Response.of_json({"error": "invalid_grant"}, 400)
+
+    return Pause.at(network.fault("refresh", "custom", respond=respond), release)
+
+
+@pytest.mark.parametrize("newer", ["log-in", "refresh", "log-out"])
+def test_a_late_refusal_ends_nothing_newer(
+    network: LocalNetwork, url: str, clean_up: ExitStack, tmp_path: Path, newer: str
+) -> None:
+    scene = Scene(network, url, clean_up, hasty=newer != "refresh")
+    for _ in range(18):
+        scene.logged_in()
+        callback = scene.go_to_browser(scene.other) if newer == "log-in" else ""
+        pause = refuse_when_released(network)
+        refresh = scene.refresh()
+        pause.wait_until_reached()
+        if newer == "log-in":
+            session: Session | None = scene.come_back(scene.other, callback)
+        elif newer == "refresh":
+            break_lock(tmp_path, "deleted")
+            session = present(scene.refresh(scene.other).outcome())
+        else:
+            scene.other.revoke(scene.did)
+            session = None
+        pause.release.set()
+        if session is None:
+            with pytest.raises(TokenRevokedError):
+                refresh.outcome()
+            assert scene.stored is None
+        else:
+            assert tokens_of(present(refresh.outcome())) == tokens_of(session)
+            scene.check_works(session)
+        scene.check_spent_once()
+
+
+# Several sessions of one account
+
+
+@at_every_instant
+@pytest.mark.parametrize("event", ["log-out", "log-in", "refresh"])
+def test_two_sessions_of_one_account_leave_each_other_alone(
+    network: LocalNetwork, url: str, clean_up: ExitStack, tmp_path: Path, instant: str, event: str
+) -> None:
+    # Names with the same hash share a lock file. Here, no two have the same.
+    scene = Scene(network, url, clean_up, locks=lambda: FileLocks(tmp_path / "apart", stripes=2**48))
+    phone = f"{scene.did}#phone"
+    for _ in range(4):
+        first, second = scene.logged_in(), scene.logged_in("phone")
+        callback = scene.go_to_browser(scene.other) if event == "log-in" else ""
+        events: dict[str, Callable[[], object]] = {
+            "log-out": partial(scene.other.revoke, scene.did, session_id="phone"),
+            "log-in": partial(scene.come_back, scene.other, callback, "phone"),
+            "refresh": partial(scene.other.sessions.get_session, phone, True),
+        }
+        refresh = scene.overlap(instant, events[event])
+        renewed = present(refresh.outcome())
+        assert renewed.is_same_grant(first)
+        scene.check_works(renewed)
+        if event == "log-out":
+            assert scene.store.get(phone) is None
+            assert scene.is_over(second)
+        else:
+            changed = present(scene.store.get(phone))
+            assert tokens_of(changed) != tokens_of(second)
+            assert changed.is_same_grant(second) == (event == "refresh")
+            scene.check_works(changed, "phone")
+        scene.check_spent_once()
+
+
+# Log-in against log-out, log-in against log-in
+
+
+@pytest.mark.parametrize("begins", ["log-in", "log-out"])
+@waiting_or_not
+def test_of_a_log_in_and_a_log_out_the_later_counts(scenes: Scenes, begins: str, hasty: bool) -> None:
+    for scene in scenes(7, hasty=hasty):
+        old = scene.log_in()
+        come_back = partial(scene.come_back, scene.one, scene.go_to_browser(scene.one))
+        log_out = partial(scene.other.revoke, scene.did)
+        if begins == "log-in":
+            log_in = scene.cross(come_back, scene.steps, "set", log_out, scene.other_steps, waits=not hasty)
+        else:
+            scene.cross(log_out, scene.other_steps, "delete", come_back, scene.steps, waits=not hasty)
+            log_in = scene.intruder
+        new = present(log_in.outcome())
+        if begins == "log-in" and not hasty:
+            assert scene.stored is None
+            assert scene.is_over(new)
+        else:
+            scene.check_works(new)
+            assert scene.is_over(old), "its owner has signed out of it"
+        scene.check_spent_once()
+
+
+@waiting_or_not
+def test_of_two_log_ins_the_later_stays_and_both_work(scenes: Scenes, hasty: bool) -> None:
+    for scene in scenes(13, hasty=hasty):
+        first = partial(scene.one.callback, scene.go_to_browser(scene.one))
+        second = partial(scene.other.callback, scene.go_to_browser(scene.other))
+        begun = scene.cross(first, scene.steps, "set", second, scene.other_steps, waits=not hasty)
+        for log_in in (begun, scene.intruder):
+            result = log_in.outcome()
+            assert isinstance(result, CallbackResult)
+            assert result.session.get(GET_SESSION).json()["did"] == scene.did
+        scene.check_works(scene.stored)
+        assert scene.network.rotations == scene.network.revocations == 0
+
+
+# Anything, at random instants
+
+
+def log_out(scene: Scene, first: Session, callback: str) -> None:
+    scene.other.revoke(scene.did)
+
+
+def log_in(scene: Scene, first: Session, callback: str) -> Session:
+    return scene.come_back(scene.other, callback)
+
+
+def clear(scene: Scene, first: Session, callback: str) -> None:
+    scene.other_store.clear()
+
+
+def refresh(scene: Scene, first: Session, callback: str) -> Session:
+    return scene.other.sessions.get_session(scene.did, True, timeout=SOON)
+
+
+def use_rejected(scene: Scene, first: Session, callback: str) -> Session:
+    return scene.other.sessions.get_session(scene.did, rejected=first.token_set.access_token, timeout=SOON)
+
+
+@pytest.mark.parametrize("intrude", [log_out, log_in, clear, refresh, use_rejected])
+@waiting_or_not
+def test_anything_at_random_instants(
+    network: LocalNetwork,
+    url: str,
+    clean_up: ExitStack,
+    intrude: Callable[[Scene, Session, str], Session | None],
+    hasty: bool,
+) -> None:
+    """The refresh stops at one random step of its own until the other has come to one of its own; then both run."""
+    chance = random.Random(f"{intrude.__name__} {hasty}")
+    scene = Scene(network, url, clean_up, hasty=hasty)
+    for _ in range(80):
+        first = scene.logged_in()
+        callback = scene.go_to_browser(scene.other) if intrude is log_in else ""
+        # Whoever waits for the lock gets no further than that.
+        stop, meet = chance.randrange(9), chance.randrange(5) if hasty and intrude in (log_out, log_in) else 0
+        result, other = scene.race(stop, meet, partial(intrude, scene, first, callback))
+        with_tokens: Session | None = None
+        try:
+            with_tokens = present(result.outcome())
+        except (TokenRevokedError, SessionNotFoundError):
+            assert intrude in (log_out, clear)
+        if intrude in (log_out, clear):
+            other.outcome()
+            assert scene.stored is None
+            if intrude is log_out or (with_tokens is None and scene.uses_of(first)):
+                assert scene.is_over(first)
+        elif intrude is log_in:
+            # A refresh that looks only then finds the new session, and refreshes that.
+            assert present(scene.stored).is_same_grant(present(other.outcome()))
+            scene.check_works(scene.stored)
+        else:
+            assert present(other.outcome()).is_same_grant(first)
+            assert present(with_tokens).is_same_grant(first)
+            scene.check_works(scene.stored)
+        scene.check_spent_once()
