@@ -1,10 +1,10 @@
 """Everything at once, for a while: ``python -m tests.soak --seconds 600``.
 
-Processes and threads use many accounts over one store. Requests and answers get lost, servers fail, tokens expire and are
-refused early, owners log out and in, sessions are ended at the server, and processes are killed. Some sessions are lost
-by that: whoever loses the answer to a refresh has lost the tokens in it. None may be lost by anything else, no refresh
-token may be sent again while an answer to it may still come, and whoever comes after a process that was killed must
-find its lock free and the record in order. The exit code is 0 if so.
+Processes and threads use many accounts over one store. Requests and answers get lost, servers fail, tokens expire and
+are refused early, owners log out and in, sessions are ended at the server, and processes are killed. Some sessions are
+lost by that: whoever loses the answer to a refresh has lost the tokens in it. None may be lost by anything else, no
+refresh token may be sent again while an answer to it may still come, and whoever comes after a process that was killed
+must find its lock free and the record in order. The exit code is 0 if so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import random
 import signal
@@ -21,19 +22,24 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
-from atproto_session import OAuthClient, Session, SessionError, StoreError
+from atproto_session import OAuthClient, SessionError, SessionUpdatedEvent, StoreError
 from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.routes import Route
-from atproto_session.testing.network.wire import Request, Response
+from atproto_session.testing.network.wire import ConnectionCut, Request, Response
 
 from .crew import ROOT
 from .programs.soak_worker import ANSWER_WITHIN, HEADER, make_client
+
+#: What lives so long, in seconds, is not new any more; a server that refuses new tokens ends the session.
+_SETTLED = 2.0
+#: Whoever has to wait so long for the server, in seconds, may have given up: with all that comes before and after.
+SLOW = ANSWER_WITHIN / 3
 
 #: What happens to requests, how often in relation to the others, and its options. Of what happens to refreshes, the
 #: first lines lose nothing, the last may.
@@ -114,19 +120,23 @@ class Totals:
 class Use:
     """One use of a refresh token, as the server sees it.
 
-    :ivar ended: when the answer was on its way, if it was.
-    :ivar untouched: the answer was the server's own.
+    :ivar end: what became of the answer: ``""`` (none yet), ``"sent"``, ``"unspent"`` (the token was not looked at),
+        ``"renewed"`` (it stays good), ``"unusable"`` or ``"lost"``.
+    :ivar took: seconds until then.
     """
 
     did: str
     pid: int
     began: float
-    ended: float | None = None
-    untouched: bool = False
+    end: str = ""
+    took: float = 0.0
 
 
 class Watch:
-    """Sees every refresh request, and says whether it was one too many."""
+    """Sees every refresh request, and says whether it was one too many.
+
+    :ivar killed: when which process was.
+    """
 
     def __init__(self, network: LocalNetwork, totals: Totals) -> None:
         self.killed: dict[int, float] = {}
@@ -141,13 +151,7 @@ class Watch:
         if "refresh" not in endpoints:
             return self._answer(endpoints, route, request)
         token = request.form["refresh_token"]
-        info = self._network.session_of(token)
-        use = Use(info.did if info else "", int(request.headers[HEADER]), time.monotonic())
-        with self._lock:
-            for earlier in self._uses[token]:
-                if not self.may_be_lost(earlier, use.began):
-                    self._totals.broken.append(f"{use.did}: a token was sent twice, though nothing was lost")
-            self._uses[token].append(use)
+        use = self._begin(token, int(request.headers[HEADER]))
         answers: list[Response] = []
 
         def process(request: Request) -> Response:
@@ -156,31 +160,54 @@ class Watch:
 
         try:
             response = self._answer(endpoints, changed(route, process=process), request)
-        finally:
-            use.ended = time.monotonic()
+        except ConnectionCut:
+            self._end(use, "lost" if answers else "unspent")
+            raise
         if b"use_dpop_nonce" in response.body:
             with self._lock:
                 self._uses[token].remove(use)
-        use.untouched = bool(answers) and response is answers[-1]
+        elif not answers:
+            self._end(use, "unspent")
+        elif response.body == answers[-1].body:
+            info = self._network.session_of(token)
+            self._end(use, "renewed" if info is not None and info.current else "sent")
+        else:
+            self._end(use, "unusable" if b"access_token" in response.body else "lost")
         return response
 
-    def may_be_lost(self, use: Use, at: float) -> bool:
-        """Whether the answer to ``use`` may have been lost, for all that was known at that time."""
-        if self.killed.get(use.pid, at) < at:
-            return True
-        if use.ended is None:
-            return at - use.began >= ANSWER_WITHIN
-        return not use.untouched or use.ended - use.began >= ANSWER_WITHIN
-
-    def reason_for_the_end(self, did: str, since: float) -> str | None:
-        """Why the account may have lost its session after that time, as far as refreshes can tell."""
+    def _begin(self, token: str, pid: int) -> Use:
+        info, now = self._network.session_of(token), time.monotonic()
+        use = Use("" if info is None else info.did, pid, now)
         with self._lock:
-            uses = [use for uses in self._uses.values() for use in uses if use.did == did and use.began >= since]
-        for use in reversed(uses):
-            if not use.untouched or (use.ended or 0.0) - use.began >= ANSWER_WITHIN:
-                return "an answer was lost"
-            if abs(self.killed.get(use.pid, 0.0) - (use.ended or use.began)) < ANSWER_WITHIN:
-                return "a process was killed"
+            for earlier in self._uses[token]:
+                harmless = earlier.end in ("unspent", "renewed")
+                if not harmless and self._how_lost(earlier, now) is None:
+                    self._totals.broken.append(f"{use.did}: a token was sent twice, though nothing was lost")
+            self._uses[token].append(use)
+        return use
+
+    def _end(self, use: Use, end: str) -> None:
+        use.end, use.took = end, time.monotonic() - use.began
+
+    def _how_lost(self, use: Use, at: float) -> str | None:
+        """How the answer to ``use`` may have been lost, for all that was known ``at`` that moment."""
+        if use.end in ("lost", "unusable"):
+            return f"an answer was {use.end}"
+        if use.took > SLOW or (use.end == "" and at - use.began > SLOW):
+            return "an answer came late"
+        return "a process was killed" if self.killed.get(use.pid, at) < at else None
+
+    def why_it_ended(self, did: str, since: float) -> str | None:
+        """Why a session that began at that moment may have ended, as far as refreshes can tell."""
+        with self._lock:
+            histories = [
+                uses for uses in self._uses.values() if uses and uses[-1].did == did and uses[-1].began >= since
+            ]
+        for uses in histories:
+            # What is lost shows when the token is sent again.
+            for use in uses if uses[-1].end == "unusable" else uses[:-1]:
+                if (how := self._how_lost(use, time.monotonic())) is not None:
+                    return how
         return None
 
 
@@ -192,8 +219,9 @@ class Owner:
         self._network = network
         self._watch = watch
         self._totals = totals
-        self._sessions: dict[str, Session | None] = {}
+        self._keys: dict[str, Mapping[str, Any] | None] = {}
         self._since: dict[str, float] = {}
+        client.sessions.on_updated(self._remember)
         self.ended_at_the_server: set[str] = set()
 
     def log_in(self, account: Account) -> None:
@@ -203,20 +231,22 @@ class Owner:
         for _ in range(20):
             try:
                 url = self._client.authorize(did)
-                session_of = self._client.callback(self._network.authorize(url, account)).session
+                self._client.callback(self._network.authorize(url, account))
             except SessionError:
                 continue
             self._totals.log_ins += 1
             self._since[did] = began
             self.ended_at_the_server.discard(did)
-            self._sessions[did] = session_of._signer.getter.get_stored(did)
             return
         self._totals.broken.append(f"{did}: no log-in succeeds")
+
+    def _remember(self, event: SessionUpdatedEvent) -> None:
+        self._keys[event.sub] = event.dpop_key
 
     def log_out(self, account: Account) -> None:
         self._client.revoke(account.did)
         self._totals.log_outs += 1
-        self._sessions[account.did] = None
+        self._keys[account.did] = None
 
     def end_at_the_server(self, account: Account) -> None:
         self.ended_at_the_server.add(account.did)
@@ -224,24 +254,24 @@ class Owner:
 
     def look(self, account: Account) -> bool:
         """Whether the account has a session; it must be the one of the last log-in."""
-        did, expected = account.did, self._sessions.get(account.did)
+        did, key = account.did, self._keys.get(account.did)
         try:
             stored = self._client.sessions.get_stored(did)
         except StoreError as error:
             self._totals.broken.append(f"{did}: the record cannot be read: {error}")
             return False
-        if stored is not None and (expected is None or not stored.is_same_grant(expected)):
+        if stored is not None and (key is None or stored.dpop_key["x"] != key["x"]):
             self._totals.broken.append(f"{did}: a session came back after it had ended")
-        if stored is None and expected is not None:
+        if stored is None and key is not None:
             self._lost(did)
         return stored is not None
 
     def _lost(self, did: str) -> None:
-        self._sessions[did] = None
+        self._keys[did] = None
         if did in self.ended_at_the_server:
             reason = "ended at the server"
         else:
-            reason = self._watch.reason_for_the_end(did, self._since[did]) or "our own fault"
+            reason = self._watch.why_it_ended(did, self._since[did]) or "our own fault"
         self._totals.lost[reason] += 1
         if reason == "our own fault":
             self._totals.broken.append(f"{did}: its session was lost, though nothing had happened to it")
@@ -315,7 +345,7 @@ def soak(options: Options) -> Totals:
     chance, totals = random.Random(options.seed), Totals()
     with (
         tempfile.TemporaryDirectory(prefix="atproto-session-soak-") as directory,
-        LocalNetwork(access_token_lifetime=2.0, nonce_lifetime=5.0) as network,
+        LocalNetwork(access_token_lifetime=_SETTLED + 2.0, nonce_lifetime=5.0) as network,
     ):
         store = f"{options.store}:///{Path(directory) / 'sessions'}"
         watch = Watch(network, totals)
@@ -379,7 +409,7 @@ def _make_mischief(
         while (now := time.monotonic()) < end:
             _, endpoint, action, fault_options = chance.choices(FAULTS, weights)[0]
             fault = network.fault(endpoint, action, **fault_options)
-            network.expire_access_tokens(chance.choice(accounts).did)
+            _expire(network, chance.choice(accounts))
             if now >= next_kill:
                 workers.kill_one(chance)
                 next_kill = now + chance.uniform(0.2, 2.0)
@@ -392,13 +422,28 @@ def _make_mischief(
         owning.join()
 
 
+def _expire(network: LocalNetwork, account: Account) -> None:
+    """End the time of the account's access token early, unless it was just issued. Workers learn that from the PDS."""
+    for server in network._servers():
+        with server.ledger._lock:
+            for access in server.ledger._access.values():
+                age = _SETTLED + 2.0 - (access.expires_at - time.time())
+                if access.grant.did == account.did and age > _SETTLED:
+                    access.expires_at = 0.0
+
+
 def _take_stock(client: OAuthClient, account: Account, owner: Owner, totals: Totals) -> None:
     """When all is quiet: the lock is free, the record in order, and the session good, or lost for a reason."""
-    try:
-        client.sessions.get_session(account.did, True, timeout=ANSWER_WITHIN)
-    except SessionError as error:
-        if not error.login_required:
-            totals.broken.append(f"{account.did}: {type(error).__name__} when all is quiet: {error}")
+    for patience in (True, True, False):
+        try:
+            client.sessions.get_session(account.did, True, timeout=ANSWER_WITHIN)
+        except SessionError as error:
+            if patience and error.retry_after is not None:
+                time.sleep(error.retry_after)  # the server has asked for that
+                continue
+            if not error.login_required:
+                totals.broken.append(f"{account.did}: {type(error).__name__} when all is quiet: {error}")
+        break
     owner.look(account)
 
 
@@ -411,6 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the mischief, not of its timing")
     parser.add_argument("--store", choices=("sqlite", "json"), default=Options.store)
     options = Options(**vars(parser.parse_args(argv)))
+    logging.getLogger("atproto_session").addHandler(logging.NullHandler())
     print(options, flush=True)
     totals = soak(options)
     print(totals)

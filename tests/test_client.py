@@ -287,11 +287,12 @@ def test_nonces_that_change_are_no_matter(network: LocalNetwork, session: OAuthS
     assert session.get(ECHO).status_code == 200
 
 
-@pytest.mark.duty(27)
+@pytest.mark.duty(27, 40)
 def test_a_nonce_wanted_again_and_again_is_the_callers_to_see(network: LocalNetwork, session: OAuthSession) -> None:
     fault = network.fault("resource", "nonce_challenge", times=None)
     assert session.get(ECHO).status_code == 401
     assert fault.count == 2
+    assert network.rotations == 0
 
 
 @pytest.mark.duty(40)
@@ -469,7 +470,7 @@ def test_events(network: LocalNetwork) -> None:
     assert isinstance(events[-1].cause, TokenRevokedError)
 
 
-@pytest.mark.duty(2, 36)
+@pytest.mark.duty(2, 32, 36)
 @pytest.mark.parametrize("expires_in", [None, 90 * 86400, 0])
 def test_tokens_are_opaque_and_live_as_long_as_the_server_says(
     expires_in: int | None, network: LocalNetwork, client: OAuthClient, account: Account

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -24,19 +25,21 @@ import requests
 
 from atproto_session import ClientMetadata, Freshness, OAuthClient, SessionError, SessionNotFoundError, StoreError
 from atproto_session import server as endpoints
+from atproto_session.dpop import challenge_error
 
 #: A method that every PDS has.
 PATH = "/xrpc/com.atproto.server.getSession"
 #: Which worker sends a request.
 HEADER = "X-Soak-Worker"
-#: When tokens of two seconds count as stale.
-FRESHNESS = Freshness(margin=0.3, jitter=0.5)
+#: When tokens of a few seconds count as stale.
+FRESHNESS = Freshness(margin=0.5, jitter=1.0)
 #: The bound on a token request, in seconds: shorter than the library's, so that answers do get lost by it.
 ANSWER_WITHIN = 3.0
 _REPORT_EVERY = 0.2
 
 
 def main() -> None:
+    logging.getLogger("atproto_session").addHandler(logging.NullHandler())  # what goes wrong here is no news
     job = json.loads(sys.stdin.readline())
     workers = []
     for line in sys.stdin:
@@ -60,7 +63,7 @@ def make_client(store: str, network: dict[str, Any]) -> OAuthClient:
     def signed(method: str, url: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
         return request(method, url, headers={**(headers or {}), HEADER: str(os.getpid())}, **options)
 
-    client._transport.request = signed  # type: ignore[method-assign]
+    client._transport.request = signed  # type: ignore[method-assign, assignment]
     return client
 
 
@@ -121,7 +124,9 @@ def act(client: OAuthClient, did: str, chance: random.Random) -> str:
     if kind < 0.85:
         response = client.restore(did).get(PATH)
         if response.status_code != 200:
-            return f"answered {response.status_code}"
+            return (
+                f"answered {response.status_code} {challenge_error(response.headers.get('WWW-Authenticate', '')) or ''}"
+            )
         assert response.json()["did"] == did, "the session of another account"
         return "served"
     if kind < 0.92:
