@@ -131,11 +131,11 @@ def test_two_that_need_another_token_spend_one(scenes: Scenes, instant: str, rej
     for scene in scenes(3):
         first = scene.logged_in()
         token = first.token_set.access_token if rejected else None
-        # Of one client, the second joins the flight of the first and never comes to the lock.
+        # Of one client, the second joins the flight of the first and never comes to the lock: it has to have looked.
         refresh = scene.overlap(
             instant,
             partial(scene.other.sessions.get_session, scene.did, not rejected, rejected=token, timeout=SOON),
-            waits_at="get" if scene.one is scene.other else "lock",
+            waits_at="after get" if scene.one is scene.other else "lock",
         )
         renewed = present(refresh.outcome())
         assert tokens_of(present(scene.intruder.outcome())) == tokens_of(renewed)
@@ -419,7 +419,7 @@ def test_anything_at_random_instants(
         first = scene.logged_in()
         callback = scene.go_to_browser(scene.other) if intrude is log_in else ""
         # Whoever waits for the lock gets no further than that.
-        stop, meet = chance.randrange(9), chance.randrange(5) if hasty and intrude in (log_out, log_in) else 0
+        stop, meet = chance.randrange(11), chance.randrange(6) if hasty and intrude in (log_out, log_in) else 0
         result, other = scene.race(stop, meet, partial(intrude, scene, first, callback))
         with_tokens: Session | None = None
         try:

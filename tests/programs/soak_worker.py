@@ -1,13 +1,12 @@
 """The worker processes of :mod:`tests.soak`.
 
 This process reads its job, then one line for each worker to start, and forks it: much faster than to start it anew.
-Each worker uses the accounts with many threads until it is killed, or stopped by ``SIGTERM``, and reports every now and
-then, one JSON object a line.
+Each worker uses the accounts with many threads until it is killed, or told to stop because the input is at its end,
+and reports every now and then, one JSON object a line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -50,14 +49,15 @@ def main() -> None:
                 os._exit(0)
         workers.append(pid)
     for pid in workers:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        os.kill(pid, signal.SIGTERM)  # those that were killed have not been waited for, so it is their number still
+    for pid in workers:
+        os.waitpid(pid, 0)
 
 
-def make_client(store: str, network: dict[str, Any]) -> OAuthClient:
+def make_client(store: str, network: dict[str, Any], *, timeout: float = 30.0) -> OAuthClient:
     """A client whose requests say which process they are of."""
     endpoints.AccountAuthority.answer_within = endpoints.ANSWER_WITHIN = ANSWER_WITHIN
-    client = OAuthClient(ClientMetadata.loopback(), store=store, freshness=FRESHNESS, timeout=30.0, **network)
+    client = OAuthClient(ClientMetadata.loopback(), store=store, freshness=FRESHNESS, timeout=timeout, **network)
     request: Callable[..., Any] = client._transport.request
 
     def signed(method: str, url: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:

@@ -103,7 +103,9 @@ class WatchedStore:
 
     def get(self, key: str) -> Session | None:
         self._steps.come_to("get")
-        return self._store.get(key)
+        session = self._store.get(key)
+        self._steps.come_to("after get")
+        return session
 
     def set(self, key: str, session: Session) -> None:
         self._steps.come_to("set")
