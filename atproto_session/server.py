@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from .client_auth import authentication_params, resolve_stored
@@ -251,7 +251,8 @@ def _expiry(expires_in: object, asked_at: float) -> datetime | None:
         return None
     if not math.isfinite(expires_in) or not 0 <= expires_in <= _LONGEST_LIFE:
         return None
-    return datetime.fromtimestamp(asked_at, UTC) + timedelta(seconds=expires_in)
+    # To the millisecond, as it is stored.
+    return datetime.fromtimestamp(int((asked_at + expires_in) * 1000) / 1000, UTC)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -91,6 +91,8 @@ class Session:
     :ivar attempt: a refresh that may have been sent and is not accounted for, else ``None``.
     :ivar refresh_not_before: the authorization server asked to be left alone until then, seconds since the epoch.
     :ivar refreshed_at: when the tokens were stored, seconds since the epoch, where known.
+    :ivar after_lost_answer: the refresh that brought these tokens followed one whose answer was lost. Should the server
+        come to that other request only now, it will take it for a replay.
     """
 
     dpop_key: Mapping[str, Any] = field(repr=False)
@@ -99,6 +101,7 @@ class Session:
     attempt: Attempt | None = None
     refresh_not_before: float | None = None
     refreshed_at: float | None = None
+    after_lost_answer: bool = False
 
     def is_same_grant(self, other: Session) -> bool:
         """Whether both come from the same log-in."""
@@ -214,6 +217,8 @@ def to_document(key: str, session: Session) -> dict[str, Any]:
         own["refreshedAt"] = session.refreshed_at
     if session.refresh_not_before is not None:
         own["refreshNotBefore"] = session.refresh_not_before
+    if session.after_lost_answer:
+        own["afterLostAnswer"] = True
     if (attempt := session.attempt) is not None:
         own["attempt"] = {
             "id": attempt.id,
@@ -260,6 +265,7 @@ def from_document(key: str, document: object) -> Session:
         attempt=_attempt(own.get("attempt")),
         refresh_not_before=_number(own, "refreshNotBefore"),
         refreshed_at=_number(own, "refreshedAt"),
+        after_lost_answer=own.get("afterLostAnswer") is True,
     )
 
 

@@ -250,7 +250,13 @@ class SessionGetter(SharedGetter[Session]):
             raise
         if (fault := fault_in(successor.token_set, session.token_set.sub)) is not None:
             return self._discard(key, session, successor, fault, flight)
-        successor = replace(successor, attempt=None, refresh_not_before=None, refreshed_at=self._clock())
+        successor = replace(
+            successor,
+            attempt=None,
+            refresh_not_before=None,
+            refreshed_at=self._clock(),
+            after_lost_answer=session.attempt is not None,
+        )
         return self._keep(key, session, successor, flight)
 
     def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
@@ -337,7 +343,7 @@ class SessionGetter(SharedGetter[Session]):
         """The refresh token is of no use (``invalid_grant``), unless that is news of yesterday."""
         if self._lock_kind is LockKind.PROCESS:
             time.sleep(_PATIENCE)
-        lost = session.attempt is not None
+        lost = session.attempt is not None or session.after_lost_answer
         why = "the answer to an earlier refresh had been lost" if lost else "the server refused its refresh token"
         cause = TokenRefreshError(f"the session {key} is over: {why}; log in again", answer_lost=lost)
         if not self._remove(key, session, cause, flight):
@@ -413,7 +419,7 @@ class SessionGetter(SharedGetter[Session]):
         """
         if session.token_set.sub != subject_of(sub):
             raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
-        session = replace(session, attempt=None, refreshed_at=self._clock())
+        session = replace(session, attempt=None, refreshed_at=self._clock(), after_lost_answer=False)
 
         def work(flight: Flight[None]) -> None:
             with self._undisturbed(sub, flight):
@@ -490,7 +496,9 @@ class SessionGetter(SharedGetter[Session]):
 
     def on_updated(self, listener: Callable[[SessionUpdatedEvent], None]) -> Callable[[], None]:
         """Have ``listener`` called whenever this getter has stored a session, after the locks are released. What it
-        raises is logged. Returns a function that ends it."""
+        raises is logged. Returns a function that ends it.
+
+        Of two events that follow each other closely, the later may be told first: what is stored counts."""
         self._updated.append(listener)
         return lambda: _drop(self._updated, listener)
 

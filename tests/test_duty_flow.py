@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import jwt
 import pytest
+import requests
 
 from atproto_session import (
     ClientAuthMethod,
@@ -488,6 +489,24 @@ def test_a_nonce_may_be_wanted_in_either_way_by_either_server(
             assert fault.count == 1
     assert network.rotations == 2
     assert set(network.refresh_token_uses.values()) == {1}
+
+
+@pytest.mark.duty(27)
+@pytest.mark.parametrize("own", [False, True], ids=["session", "auth"])
+def test_a_nonce_may_be_wanted_in_an_answer_that_does_not_say_how_long_it_is(
+    own: bool, network: LocalNetwork, client: OAuthClient, session: OAuthSession
+) -> None:
+    def respond(_: Request) -> Response:
+        response = replace(Response.of_json({"error": "use_dpop_nonce"}, 401), chunked=True)
+        return response.with_headers(DPoP_Nonce=nonce_of(network))
+
+    client._nonces._nonces.clear()
+    network.fault("resource", "custom", respond=respond)
+    if own:
+        response = requests.get(network.pds_url + ECHO, auth=client.auth(session.did), timeout=10)
+    else:
+        response = session.get(ECHO)
+    assert response.status_code == 200
 
 
 @pytest.mark.duty(27, 40)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +217,25 @@ def test_a_resource_request_has_a_timeout_unless_its_caller_has_another() -> Non
     assert own == 3
 
 
+@pytest.mark.duty(42)
+def test_a_bomb_is_not_even_unpacked() -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(answer(200, bomb, content_encoding="gzip"))
+
+    with ScriptedServer(script) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(TransportError, match="too large"):
+                Transport(allow_http=True, max_bytes=len(bomb)).request("GET", f"http://127.0.0.1:{server.port}/")
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 10_000_000
+
+
 # Text from outside
 
 #: What a terminal would act upon, what turns text around, and far too much of it.
@@ -253,6 +274,9 @@ Errors = tuple[type[Exception], ...]
         lambda client: client.authorize(f"did:web:{LONG_NAME}"),
         lambda client: client.authorize(f"did:{'x' * 10_000}:y"),
         lambda client: client.authorize(f"did:web:a.example.com:{'x' * 1900}"),
+        lambda client: client.authorize(f"did:web:{'x' * 1900}"),
+        lambda client: client.authorize(f"did:plc:{'x' * 1900}"),
+        lambda client: client.authorize(f"did:abc:{'x' * 1900}"),
         lambda client: client.authorize(f"https://{HOSTILE}"),
         lambda client: client.authorize(f"https://{LONG_NAME}"),
         lambda client: client.authorize(f"https://a.example.com/{HOSTILE}"),

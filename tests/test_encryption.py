@@ -29,7 +29,7 @@ from atproto_session.stores import FullStore
 from atproto_session.testing.contracts import DID, make_session
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .core import Worker
+from .core import SOON, Worker
 from .crew import Crew
 
 OLD, NEW, OTHER = (Fernet.generate_key().decode() for _ in range(3))
@@ -215,7 +215,7 @@ def test_what_is_no_key_is_refused_at_once_and_not_shown(place: Place, keys: Any
         OAuthClient(ClientMetadata.loopback(), store=place.url, encryption_keys=keys)
     assert "hunter2" not in str(caught.value)
     assert OLD[:-2] not in str(caught.value)
-    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__, "whose traceback would show it"
 
 
 # Wrong keys, and none
@@ -336,6 +336,24 @@ def test_a_log_in_begun_before_the_keys_changed_ends_after(
     with pytest.raises(StoreError, match="the log-in cannot be read"):
         client_with(NEW).callback(callback)
     assert client_with(NEW, OLD).callback(callback).session.did == account.did
+
+
+def test_a_refresh_in_flight_is_not_written_over(
+    place: Place, network: LocalNetwork, client_with: Callable[..., OAuthClient], account: Account
+) -> None:
+    log_in(network, client_with(OLD), account)
+    client = client_with(NEW, OLD)
+    late = network.fault("refresh", "late")
+    worker = Worker(lambda: client.restore(account.did, refresh=True))
+    assert late.fired.wait(SOON)
+    before = place.records()
+    with pytest.raises(StoreError, match=f"0 sessions were encrypted again, 1 were not: .*{account.did}"):
+        rotate_encryption(client._store, timeout=0)
+    assert place.records() == before
+    late.release.set()
+    worker.outcome()
+    assert rotate_encryption(client._store) == 1
+    assert client_with(NEW).restore(account.did).get(GET_SESSION).status_code == 200
 
 
 def test_keys_change_while_workers_refresh(place: Place, network: LocalNetwork) -> None:

@@ -203,7 +203,7 @@ class TestGrantAndScope:
         assert client(scope="atproto a atproto").scope == "atproto a"
         assert "transition:generic" in refusal("scope", lambda: client(scope="atproto transition:chat.bsky"))
 
-    @pytest.mark.duty(19, 23)
+    @pytest.mark.duty(19, 23, 44)
     def test_a_login_asks_for_a_subset(self) -> None:
         metadata = client(scope="atproto transition:generic transition:chat.bsky")
         assert metadata.check_scope("transition:generic atproto atproto") == "transition:generic atproto"

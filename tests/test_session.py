@@ -156,13 +156,14 @@ def test_the_document_is_the_one_of_the_node_client() -> None:
 
 def test_the_document_of_everything() -> None:
     attempt = Attempt("a1", "host:1", 1.5, 2.5, answers_lost=3)
-    session = replace(SESSION, attempt=attempt, refresh_not_before=4.5, refreshed_at=5.5)
+    session = replace(SESSION, attempt=attempt, refresh_not_before=4.5, refreshed_at=5.5, after_lost_answer=True)
     document = to_document(DID, session)
     assert document["atprotoSession"] == {
         "version": 1,
         "key": DID,
         "refreshedAt": 5.5,
         "refreshNotBefore": 4.5,
+        "afterLostAnswer": True,
         "attempt": {"id": "a1", "by": "host:1", "startedAt": 1.5, "answerBy": 2.5, "answersLost": 3},
     }
     assert SECRET not in json.dumps(document["atprotoSession"])

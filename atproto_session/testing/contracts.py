@@ -122,7 +122,9 @@ class StoreContract:
             replace(make_session(), auth_method=ClientAuthMethod("none")),
             replace(make_session(), token_set=replace(make_session().token_set, refresh_token=None, expires_at=None)),
             replace(make_session(), attempt=Attempt("a1", "host:12", 1750000000.25, 1750000030.5, answers_lost=2)),
-            replace(make_session(), refresh_not_before=1750000000.5, refreshed_at=1749999999.125),
+            replace(
+                make_session(), refresh_not_before=1750000000.5, refreshed_at=1749999999.125, after_lost_answer=True
+            ),
         ],
         ids=["full", "legacy", "public", "no refresh token", "attempt", "times"],
     )

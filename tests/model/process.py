@@ -170,7 +170,10 @@ class Store:
         return True
 
     def delete(self, key: str) -> None:
-        raise NotImplementedError
+        self.process.point("deletes what is there")
+        old = self.process.world.store.get(key)
+        self.process.world.store.delete(key)
+        self.process.world.check_write(self.process, old, None)
 
     def clear(self) -> None:
         raise NotImplementedError

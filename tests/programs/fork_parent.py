@@ -1,7 +1,7 @@
 """A process that forks while a refresh of its own is under way.
 
-It reads what to do as one JSON object, begins to refresh, forks when it is told so by a line, and says so:
-``{"parent": ..., "child": ...}``. The child then either ends at once, as any program does (``"child": "exit"``), or
+It reads what to do as one JSON object, begins to refresh, and forks when it is told so by a line. The child says that
+it runs: ``{"parent": ..., "child": ...}``, and then either ends at once, as any program does (``"child": "exit"``), or
 waits for another line and asks for the session itself (``"child": "refresh"``).
 
 Either process prints what it got: ``{"of": "parent", "got": ACCESS_TOKEN}``, or ``{"of": ..., "error": NAME}``.
@@ -29,13 +29,13 @@ def main() -> None:
         refreshed = threads.submit(ask, client, did, "parent")
         read_line()
         if (pid := os.fork()) == 0:
+            say({"parent": os.getppid(), "child": os.getpid()})
             if order["child"] == "refresh":
                 read_line()
                 say(ask(client, did, "child"))
             del client, refreshed
             gc.collect()
             sys.exit(0)
-        say({"parent": os.getpid(), "child": pid})
         if order["child"] == "exit":
             say({"child ended": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
         say(refreshed.result())

@@ -93,9 +93,13 @@ class Steps:
 
 
 class WatchedStore:
-    """``store``, which tells ``steps`` of every call before and after it."""
+    """``store``, which tells ``steps`` of every call before and after it.
+
+    :ivar logged_in: the session of the latest log-in.
+    """
 
     def __init__(self, store: FullStore, steps: Steps, locks: Locks | None = None) -> None:
+        self.logged_in: Session
         self._store = store
         self._steps = steps
         self.locks: Locks = WatchedLocks(locks or store.locks, steps)
@@ -108,6 +112,7 @@ class WatchedStore:
         return session
 
     def set(self, key: str, session: Session) -> None:
+        self.logged_in = session
         self._steps.come_to("set")
         self._store.set(key, session)
         self._steps.come_to("after set")
@@ -171,14 +176,13 @@ class Scene:
     ) -> None:
         def new_client() -> tuple[OAuthClient, Steps, FullStore]:
             steps, store = Steps(), clean_up.enter_context(closing(open_store(url)))
-            client = OAuthClient(
-                ClientMetadata.loopback(),
-                store=WatchedStore(store, steps, locks and locks()),
-                timeout=0.001 if hasty else SOON,
-                **network.client_options(),
-            )
+            watched = WatchedStore(store, steps, locks and locks())
+            timeout = 0.001 if hasty else SOON
+            client = OAuthClient(ClientMetadata.loopback(), store=watched, timeout=timeout, **network.client_options())
+            self._stores[client] = watched
             return clean_up.enter_context(client), steps, store
 
+        self._stores: dict[OAuthClient, WatchedStore] = {}
         self.network = network
         self.account: Account = network.create_account()
         self.did = self.account.did
@@ -205,13 +209,9 @@ class Scene:
 
     def come_back(self, client: OAuthClient, callback: str, session_id: str | None = None) -> Session:
         """End a log-in and return what it stored, whatever is stored now."""
-        sessions: list[Session] = []
-        unsubscribe = client.sessions.on_updated(
-            lambda event: sessions.append(Session(event.dpop_key, event.auth_method, event.token_set))
-        )
         client.callback(callback, session_id=session_id)
-        unsubscribe()
-        return sessions[-1]
+        # Not what a listener was told last: listeners are told after the lock is released, in any order.
+        return self._stores[client].logged_in
 
     # What happens
 
