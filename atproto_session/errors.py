@@ -14,7 +14,7 @@
     ├── TransportError                a request could not be made                mostly retryable
     ├── LockTimeoutError              waited long enough (also a TimeoutError)   retryable
     ├── CancelledError                the caller's ``cancel`` event was set      retryable
-    ├── StoreError                    the store cannot be read or written        sometimes retryable
+    ├── StoreError                    the store cannot be read or written        (retryable: ask it)
     ├── IdentityError                 a handle or DID does not resolve
     ├── DiscoveryError                no usable authorization server was found
     └── ClientMetadataError           the client's own configuration is wrong

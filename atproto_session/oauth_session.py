@@ -141,6 +141,7 @@ class DPoPAdapter(BaseAdapter):
         signed = next(flow)
         while True:
             response = self._pool.send(signed, stream, timeout or _DEFAULT_TIMEOUT, verify, cert, proxies)
+            _read_refusal(response, stream)
             again = _resume(flow, response)
             if again is None:
                 return response
@@ -230,6 +231,7 @@ class _Exchange:
 
     def __call__(self, response: requests.Response, **options: Any) -> requests.Response:
         request = response.request
+        _read_refusal(response, options.get("stream", False))
         if request.url == self._url:
             signed = _resume(self._flow, response)
         # requests makes the request of a redirect from the first one: with its proof, which is another URL's, and, if
@@ -244,6 +246,7 @@ class _Exchange:
             again: requests.Response = response.connection.send(signed, **options)
             again.history.append(response)
             response = again
+            _read_refusal(response, options.get("stream", False))
             signed = _resume(self._flow, response)
         return response
 
@@ -309,7 +312,16 @@ def _rewind(request: requests.PreparedRequest) -> bool:
     return True
 
 
+def _read_refusal(response: requests.Response, stream: bool) -> None:
+    """Read a body that may ask for a nonce, of whatever length, unless it is the caller's to read: requests would do so
+    in a moment."""
+    if not stream and response.status_code in (400, 401):
+        response.content  # noqa: B018
+
+
 def _is_small(response: requests.Response) -> bool:
+    if getattr(response, "_content_consumed", False):  # not in the stubs
+        return True
     length = response.headers.get("Content-Length", "")
     return length.isdecimal() and int(length[:9]) <= _DRAINED
 

@@ -151,6 +151,8 @@ class Store:
         self.process.tokens = None
 
     def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        if session is not None and session.attempt is not None:
+            self.process.answer_by = session.attempt.answer_by
         self.process.point(_said_of(session))
         world = self.process.world
         if not world.writable:
@@ -159,8 +161,6 @@ class Store:
         if not world.store.replace(key, session, expected):
             return False
         world.check_write(self.process, old, session)
-        if session is not None and session.attempt is not None:
-            self.process.answer_by = session.attempt.answer_by
         if session is None:
             self.process.tokens = old
         elif self.process.tokens is not None:

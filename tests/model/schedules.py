@@ -255,7 +255,7 @@ class World:
             for process in self.processes:
                 if process.answer_by is not None:
                     sent = process.request is not None or process.tokens is not None
-                    ends.append(process.answer_by - (0.0 if sent else ANSWER_WITHIN))
+                    ends.append(process.answer_by - (1.0 if sent else ANSWER_WITHIN))
         self.now = max(self.now, min([self.now + seconds, *ends]))
         self.trace.append(f"{seconds} s pass")
 
