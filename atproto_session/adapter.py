@@ -21,10 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
 
 import requests
 from requests.adapters import DEFAULT_POOLSIZE, HTTPAdapter
@@ -325,23 +325,45 @@ class HardenedAdapter(HTTPAdapter):
         self.init_poolmanager(DEFAULT_POOLSIZE, self._maxsize)
 
 
-def spawn(work: Callable[[], T]) -> Future[T]:
+class Spawned(Generic[T]):
+    """What a thread of :func:`spawn` will bring. Unlike a ``Future``, it has no lock that an exception which strikes
+    the waiting thread could leave taken, where the other one would then stop for ever."""
+
+    def __init__(self) -> None:
+        self._outcomes: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def set(self, result: T | None, error: BaseException | None) -> None:
+        self._outcomes.put((result, error))
+
+    def result(self, timeout: float) -> T:
+        """What the work returned, or the error that it raised. To be asked for once.
+
+        :raises TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        try:
+            result, error = self._outcomes.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError("timed out") from None
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+
+def spawn(work: Callable[[], T]) -> Spawned[T]:
     """Run ``work`` in a thread that nobody has to wait for, and that does not keep the interpreter from exiting.
 
     :raises TransportError: no thread can be started.
     """
-    future: Future[T] = Future()
+    spawned: Spawned[T] = Spawned()
 
     def run() -> None:
         try:
-            result = work()
+            spawned.set(work(), None)
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks for the result
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            spawned.set(None, error)
 
     try:
         start_thread(threading.Thread(target=run, name=LOOKUP_THREAD, daemon=True))
     except RuntimeError as error:
         raise TransportError("no thread can be started to look names up in; nothing was sent") from error
-    return future
+    return spawned

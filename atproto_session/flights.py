@@ -174,6 +174,7 @@ class Flights(Generic[T]):
         try:
             start_thread(thread)
         except RuntimeError as error:
+            flight.abandon()
             raise SessionError(
                 "no thread can be started to do the work in; nothing was sent", retryable=True
             ) from error

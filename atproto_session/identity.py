@@ -10,7 +10,6 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ import dns.exception
 import dns.name
 import dns.resolver
 
-from .adapter import spawn
+from .adapter import Spawned, spawn
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import ClientMetadataError, IdentityError, TransportError, printable
 from .stores import MemoryStore
@@ -350,7 +349,7 @@ class _NotFound(Exception):
         self.retryable = retryable
 
 
-def _result(lookup: Future[str], deadline: float) -> str:
+def _result(lookup: Spawned[str], deadline: float) -> str:
     try:
         return lookup.result(max(0.0, deadline - time.monotonic()))
     except TimeoutError:

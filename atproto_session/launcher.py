@@ -9,13 +9,15 @@ other work, and that nobody has a reason to interrupt.
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from queue import Empty, SimpleQueue
 
 from .fork import reset_in_child
 
-#: How long to wait for the launcher before another one is made, in seconds.
+#: How long to wait for the launcher before another one is made, in seconds, and how often.
 _PATIENCE = 0.5
+_TRIES = 20
 
 _Order = tuple[threading.Thread, SimpleQueue[BaseException | None]]
 
@@ -32,7 +34,7 @@ class _Launcher:
     def start(self, thread: threading.Thread) -> None:
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         self._orders.put((thread, done))
-        while True:
+        for _ in range(_TRIES):
             if not self._is_there:
                 # Without the wait that Thread.start() has. Should this one be struck at birth, another is made below;
                 # should there be two, they take turns.
@@ -46,10 +48,12 @@ class _Launcher:
             if error is not None:
                 raise error
             return
+        raise RuntimeError("the thread was not started in time")
 
 
 def carry_out(orders: SimpleQueue[_Order | None]) -> None:
     """Start the threads that are ordered, until ``None`` is."""
+    _shake_off()
     while (order := orders.get()) is not None:
         thread, done = order
         try:
@@ -58,6 +62,15 @@ def carry_out(orders: SimpleQueue[_Order | None]) -> None:
             done.put(error)
         else:
             done.put(None)
+
+
+def _shake_off() -> None:
+    """Forget an exception that was meant for the thread that started this one: it might strike later, when an order has
+    been taken."""
+    if sys.version_info < (3, 12) and sys.implementation.name == "cpython":
+        import ctypes
+
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
 
 
 _launcher = _Launcher()

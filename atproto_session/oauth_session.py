@@ -96,7 +96,6 @@ class Signer:
             just_issued = (session.refreshed_at or 0.0) >= began and not self.getter.freshness.is_expired(tokens)
             if rejected is not None and just_issued:
                 self._give_up(session)
-                return
             if not _rewind(request):
                 return
             rejected = tokens.access_token
@@ -112,6 +111,7 @@ class Signer:
         return known
 
     def _give_up(self, session: Session) -> None:
+        """End a session whose server refuses what was just issued; unless another worker has renewed it meanwhile."""
         cause = TokenInvalidError(f"the server of {self.key} refuses tokens that were just issued; log in again")
         self.getter.delete_rejected(self.key, session, cause)
         if self.getter.get_stored(self.key) is None:

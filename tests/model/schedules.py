@@ -237,7 +237,7 @@ class World:
 
     def _stall(self, process: Process) -> None:
         """Let it stand still for some steps of the others; under a lease, often for longer than that lasts."""
-        self._stalled[process] = len(self.trace) + self.random.choice([5, 15, 30])
+        self._stalled[process] = len(self.trace) + self.random.choice([3, 6, 12, 25])
         if self.lease and self.chance(0.5):
             self._let_time_pass(40.0)
 

@@ -120,7 +120,10 @@ def main() -> None:
         burst.over.set()
     watchdog.join()
     client.sessions.close()
-    alive = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        thread.join(20.0)  # it may be about to end
+    alive = [thread.name for thread in others if thread.is_alive()]
     client.sessions.get_session(burst.did, True, timeout=20.0)
     print(json.dumps({"struck": burst.struck, "errors": burst.errors, "alive": alive}), flush=True)
     sys.stdin.readline()
