@@ -63,7 +63,9 @@ class Scene:
 class Program:
     """A process of :mod:`tests.programs`, talked to line by line. Ended at the end of the block, if need be."""
 
-    def __init__(self, scene: Scene, name: str, *arguments: str, is_measured: bool = True, **setup: Any) -> None:
+    def __init__(
+        self, scene: Scene, name: str, *arguments: str, is_measured: bool = True, bound: float = 2 * SOON, **setup: Any
+    ) -> None:
         hidden = () if is_measured else ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"tests.programs.{name}", *arguments],
@@ -76,7 +78,7 @@ class Program:
         )
         setup |= {"store": scene.store, "did": scene.did, "options": scene.network.client_options()}
         self.say(json.dumps(setup))
-        self._bound = threading.Timer(2 * SOON, self._process.kill)
+        self._bound = threading.Timer(bound, self._process.kill)
         self._bound.start()
 
     def __enter__(self) -> Self:
@@ -239,13 +241,13 @@ def test_a_listener_that_raises(way: str, logged: str, scene: Scene) -> None:
 # At random
 
 
-STRIKES = 150
+STRIKES = 100
 
 
 def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
     scene = Scene(quick_network, store)
     # The exceptions would strike what measures coverage as well, which has locks of its own.
-    with Program(scene, "interrupt_burst", is_measured=False, seed="burst", times=STRIKES) as program:
+    with Program(scene, "interrupt_burst", is_measured=False, bound=5 * SOON, seed="burst", times=STRIKES) as program:
         report = json.loads(program.hear())
         with scene.client() as client:
             client.restore(scene.did, refresh=True)  # no lock is left taken: the process is still there
