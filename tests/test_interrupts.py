@@ -241,7 +241,7 @@ def test_a_listener_that_raises(way: str, logged: str, scene: Scene) -> None:
 # At random
 
 
-STRIKES = 100
+STRIKES = 60
 
 
 def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
