@@ -9,7 +9,6 @@ other work, and that nobody has a reason to interrupt.
 from __future__ import annotations
 
 import _thread
-import sys
 import threading
 from queue import Empty, SimpleQueue
 
@@ -17,7 +16,7 @@ from .fork import reset_in_child
 
 #: How long to wait for the launcher before another one is made, in seconds, and how often.
 _PATIENCE = 0.5
-_TRIES = 20
+_TRIES = 10
 
 _Order = tuple[threading.Thread, SimpleQueue[BaseException | None]]
 
@@ -53,7 +52,6 @@ class _Launcher:
 
 def carry_out(orders: SimpleQueue[_Order | None]) -> None:
     """Start the threads that are ordered, until ``None`` is."""
-    _shake_off()
     while (order := orders.get()) is not None:
         thread, done = order
         try:
@@ -62,15 +60,6 @@ def carry_out(orders: SimpleQueue[_Order | None]) -> None:
             done.put(error)
         else:
             done.put(None)
-
-
-def _shake_off() -> None:
-    """Forget an exception that was meant for the thread that started this one: it might strike later, when an order has
-    been taken."""
-    if sys.version_info < (3, 12) and sys.implementation.name == "cpython":
-        import ctypes
-
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
 
 
 _launcher = _Launcher()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from queue import SimpleQueue
 from typing import Any
@@ -51,17 +50,6 @@ def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     lost.start(threading.Thread(target=ran.set))
     assert ran.wait(SOON)
     lost._orders.put(None)
-
-
-@pytest.mark.parametrize("version", [(3, 11), (3, 12)])
-def test_what_was_meant_for_another_thread_is_shaken_off(
-    version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "version_info", version)
-    thread = threading.Thread(target=launcher._shake_off)
-    thread.start()
-    thread.join(SOON)
-    assert not thread.is_alive()
 
 
 def test_a_launcher_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
