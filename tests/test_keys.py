@@ -430,3 +430,14 @@ class TestFromFiles:
         for name in ("a", "b"):
             (tmp_path / name).write_text(json.dumps(KNOWN))
         assert "kid" in refusal(lambda: Keyset.from_files(tmp_path / "a", tmp_path / "b"))
+
+
+def test_a_keyset_takes_no_key_of_another_algorithm() -> None:
+    numbers = ec.generate_private_key(ec.SECP256K1()).private_numbers()
+    members = {"x": numbers.public_numbers.x, "y": numbers.public_numbers.y, "d": numbers.private_value}
+    key = {
+        name: base64.urlsafe_b64encode(value.to_bytes(32, "big")).rstrip(b"=").decode()
+        for name, value in members.items()
+    }
+    with pytest.raises(ClientMetadataError, match="crv is not P-256"):
+        Keyset([{"kty": "EC", "crv": "secp256k1", **key}])

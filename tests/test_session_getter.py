@@ -1077,3 +1077,17 @@ def test_listeners_are_told_after_the_lock_is_released() -> None:
     rig.getter.on_updated(listener)
     rig.get()
     assert free == [True]
+
+
+def test_an_attempt_is_not_taken_back_from_another() -> None:
+    rig = Rig(expired_session())
+    newer = make_session(7)
+
+    def on_send(session: Session) -> None:
+        rig.store.set(DID, newer)
+        raise TransportError("refused", sent=False)
+
+    rig.authority.on_send = on_send
+    with pytest.raises(TransportError):
+        rig.get()
+    assert rig.stored == newer
