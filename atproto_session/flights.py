@@ -58,9 +58,15 @@ class Flight(Generic[T]):
         :raises CancelledError: the caller has left already.
         """
         with self._mutex:
-            if self.abandoned.is_set():
-                raise CancelledError(f"the caller that asked for {self.key} has left")
+            self.check()
             self._committed = True
+
+    def check(self) -> None:
+        """
+        :raises CancelledError: the caller has left already.
+        """
+        if self.abandoned.is_set():
+            raise CancelledError(f"the caller that asked for {self.key} has left")
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Have ``action`` called when the work is over and its locks are released, before the callers go on."""

@@ -72,6 +72,7 @@ class Attempt:
     :ivar started_at: when, seconds since the epoch.
     :ivar answer_by: until when its answer can still come, seconds since the epoch.
     :ivar answers_lost: how many attempts on the same refresh token ended without an answer before this one.
+    :ivar lock: the lock under which it was made (:attr:`.Hold.lock`).
     """
 
     id: str
@@ -79,6 +80,7 @@ class Attempt:
     started_at: float
     answer_by: float
     answers_lost: int = 0
+    lock: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def to_document(key: str, session: Session) -> dict[str, Any]:
             "startedAt": attempt.started_at,
             "answerBy": attempt.answer_by,
             "answersLost": attempt.answers_lost,
+            "lock": attempt.lock,
         }
     document: dict[str, Any] = {"dpopJwk": dict(session.dpop_key)}
     if (method := session.auth_method) is not None:
@@ -291,6 +294,7 @@ def _attempt(value: object) -> Attempt | None:
         started_at=_number(members, "startedAt") or 0.0,
         answer_by=_number(members, "answerBy") or 0.0,
         answers_lost=int(_number(members, "answersLost") or 0),
+        lock=_text(members, "lock") if members.get("lock") else "",
     )
 
 

@@ -14,12 +14,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from .cached_getter import SharedGetter
 from .errors import (
     AuthMethodUnsatisfiableError,
     CancelledError,
@@ -27,26 +24,16 @@ from .errors import (
     OAuthResponseError,
     RefreshInterruptedError,
     SessionError,
-    SessionNotFoundError,
     StoreError,
     TokenRefreshError,
-    TokenRevokedError,
     TransportError,
-    printable,
 )
 from .flights import Flight
 from .keys import load_private_key
 from .locks import Hold, LockKind, Locks
-from .session import (
-    Attempt,
-    Freshness,
-    Session,
-    SessionDeletedEvent,
-    SessionUpdatedEvent,
-    fault_in,
-    subject_of,
-)
-from .stores import SessionStore, complete
+from .session import Attempt, Freshness, Session, fault_in, subject_of
+from .stored_sessions import Revoker, StoredSessions, found
+from .stores import SessionStore
 
 #: How long, after ``invalid_grant``, another process may need to store what it refreshed, in seconds. Matters only
 #: under locks that do not exclude it.
@@ -55,13 +42,15 @@ _PATIENCE = 1.0
 _LONGEST_REST = 3600.0
 #: What a lease has to outlast beside the request itself, in seconds: storing the result.
 _STORE_WITHIN = 15.0
+#: How often whoever waits for another's answer looks whether it is stored, in seconds.
+_LOOK_AGAIN = 0.5
 #: Pauses between tries to store tokens that were paid for, in seconds.
 _STORE_PAUSES = (0.05, 0.2, 0.75, 2.0)
 
 _log = logging.getLogger("atproto_session")
 
 
-class Authority(Protocol):
+class Authority(Revoker, Protocol):
     """The authorization server of a session, as far as its refresh is concerned."""
 
     @property
@@ -74,12 +63,8 @@ class Authority(Protocol):
         returned sends the refresh request and returns the successor of ``session``, as the server gave it."""
         ...
 
-    def revoke(self, session: Session) -> None:
-        """End the grant of ``session`` at its server (RFC 7009)."""
-        ...
 
-
-class SessionGetter(SharedGetter[Session]):
+class SessionGetter(StoredSessions):
     """The sessions of a store, each kept alive.
 
     :param store: a session store; see :mod:`atproto_session.stores`.
@@ -105,16 +90,11 @@ class SessionGetter(SharedGetter[Session]):
     ) -> None:
         if on_interrupted not in ("retry", "fail"):
             raise ValueError('on_interrupted is "retry" or "fail"')
-        self._store = complete(store)
-        super().__init__(self._store, locks=locks, timeout=timeout)
+        super().__init__(store, authority, locks=locks, freshness=freshness, timeout=timeout)
         self._authority = authority
-        self.freshness = freshness or Freshness()
-        self._clock = self.freshness.clock
         # Locks that do not say what they are might be anything, a lease for one.
         self._lock_kind = getattr(self._locks, "kind", LockKind.LEASE)
         self._on_interrupted = on_interrupted
-        self._updated: list[Callable[[SessionUpdatedEvent], None]] = []
-        self._deleted: list[Callable[[SessionDeletedEvent], None]] = []
 
     # Reading
 
@@ -147,12 +127,12 @@ class SessionGetter(SharedGetter[Session]):
         :raises StoreError: the store cannot be used.
         :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
         """
-        seen = _found(sub, self._store.get(sub))
+        seen = found(sub, self._store.get(sub))
         if refresh is False and rejected is None:
             return seen
 
         def is_good(session: Session | None) -> bool:
-            tokens = _found(sub, session).token_set
+            tokens = found(sub, session).token_set
             if rejected is not None:
                 return tokens.access_token != rejected and not self.freshness.is_expired(tokens)
             renewed = not tokens.has_same_tokens(seen.token_set)
@@ -162,7 +142,7 @@ class SessionGetter(SharedGetter[Session]):
             return not self.freshness.is_stale(tokens) or (renewed and not self.freshness.is_expired(tokens))
 
         def fetch(stored: Session | None, hold: Hold, flight: Flight[Session]) -> Session:
-            return self._refresh(sub, _found(sub, stored), is_good, hold, flight)
+            return self._refresh(sub, found(sub, stored), is_good, hold, flight)
 
         if is_good(seen):
             return seen
@@ -178,13 +158,6 @@ class SessionGetter(SharedGetter[Session]):
             if not isinstance(error, LockTimeoutError):  # which says that another worker is at it
                 _log.warning("%s was not refreshed ahead of time: %s", sub, error)
             return seen
-
-    def get_stored(self, sub: str) -> Session | None:
-        """What is stored under ``sub``, as it is.
-
-        :raises StoreError: the record cannot be read.
-        """
-        return self._store.get(sub)
 
     # How a refresh happens
 
@@ -209,8 +182,11 @@ class SessionGetter(SharedGetter[Session]):
             raise
 
         # The attempt proves that the store takes this very record, and tells whoever comes after a crash that the
-        # token may have been spent.
-        attempted = session.with_attempt(self._new_attempt(session))
+        # token may have been spent. It must not hide that of whoever got a lock that was lost meanwhile.
+        hold_for = self._authority.answer_within + _STORE_WITHIN
+        if not hold.extend(hold_for):
+            return self._newer(key, session)
+        attempted = session.with_attempt(self._new_attempt(session, hold))
         if not self._store.replace(key, attempted, session.token_set):
             return self._newer(key, session)
         current = self._store.get(key)
@@ -218,8 +194,8 @@ class SessionGetter(SharedGetter[Session]):
             return self._newer(key, session)
         # Last of all, so that nothing that takes time lies between this and the request. If it fails, the attempt
         # stays: it may stand in the place of the one of whoever holds the lock now.
-        if not hold.extend(self._authority.answer_within + _STORE_WITHIN):
-            raise LockTimeoutError(f"the lock of {key} was lost to somebody else; try again")
+        if not hold.extend(hold_for):
+            return self._newer(key, session)
         try:
             flight.commit()
         except CancelledError:
@@ -260,16 +236,17 @@ class SessionGetter(SharedGetter[Session]):
         return self._keep(key, session, successor, flight)
 
     def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
-        """The session in the store once no answer to the attempt in it can come any more. A lock that ends only with
-        its holder has said so already; under any other, the holder may be alive and its request under way."""
+        """The session in the store once no answer to the attempt in it can come any more."""
+        longest = self._authority.answer_within + _STORE_WITHIN
         outwaited: Attempt | None = None
-        while (attempt := session.attempt) is not None and attempt != outwaited:
-            if self._lock_kind is not LockKind.HOLDER:
-                longest = self._authority.answer_within + _STORE_WITHIN
-                wait = max(0.0, min(attempt.answer_by - self._clock(), longest))
-                hold.extend(wait + longest)
-                flight.abandoned.wait(wait)
-                session = _found(key, self._store.get(key))
+        while (attempt := session.attempt) not in (None, outwaited) and not self._is_gone(attempt, hold):
+            wait = max(0.0, min(attempt.answer_by - self._clock(), longest))
+            hold.extend(wait + longest)
+            while session.attempt == attempt and wait > 0:
+                flight.abandoned.wait(min(wait, _LOOK_AGAIN))
+                flight.check()
+                wait -= _LOOK_AGAIN
+                session = found(key, self._store.get(key))
             outwaited = attempt
         if session.attempt is not None and self._on_interrupted == "fail":
             raise TokenRefreshError(
@@ -277,6 +254,11 @@ class SessionGetter(SharedGetter[Session]):
                 answer_lost=True,
             )
         return session
+
+    def _is_gone(self, attempt: Attempt, hold: Hold) -> bool:
+        """Whether the worker that made ``attempt`` is gone for certain: it held the very lock that is held here now,
+        and that is one that ends only with its holder. Else it may be alive, and its request under way."""
+        return self._lock_kind is LockKind.HOLDER and attempt.lock == getattr(hold, "lock", "")
 
     def _check(self, key: str, session: Session) -> None:
         tokens = session.token_set
@@ -296,7 +278,7 @@ class SessionGetter(SharedGetter[Session]):
                 retry_after=rest,
             )
 
-    def _new_attempt(self, session: Session) -> Attempt:
+    def _new_attempt(self, session: Session, hold: Hold) -> Attempt:
         now = self._clock()
         return Attempt(
             id=uuid.uuid4().hex,
@@ -304,6 +286,7 @@ class SessionGetter(SharedGetter[Session]):
             started_at=now,
             answer_by=now + self._authority.answer_within + _STORE_WITHIN,
             answers_lost=0 if session.attempt is None else session.attempt.answers_lost + 1,
+            lock=getattr(hold, "lock", ""),
         )
 
     # How it ends
@@ -364,15 +347,6 @@ class SessionGetter(SharedGetter[Session]):
         self._revoke(successor)
         raise cause
 
-    def _newer(self, key: str, session: Session) -> Session:
-        """What took the place of ``session`` in the store."""
-        current = self._store.get(key)
-        if current is None:
-            raise TokenRevokedError(f"the session {key} was signed out while it was being refreshed")
-        if current.is_same_grant(session) and current.token_set.has_same_tokens(session.token_set):
-            raise LockTimeoutError(f"another worker is refreshing {key} at this moment; try again")
-        return current
-
     def _leave(self, key: str, attempted: Session, attempt: Attempt | None, *, rest: float | None = None) -> None:
         """Put ``attempt`` in the place of the attempt in ``attempted``, if that is still what is stored."""
         if attempt == attempted.attempt and rest is None:
@@ -387,143 +361,8 @@ class SessionGetter(SharedGetter[Session]):
             # The record says more than is true: that an answer may be lost. The next refresh finds out.
             _log.warning("the attempt to refresh %s could not be taken back: %s", key, error)
 
-    def _remove(self, key: str, session: Session, cause: SessionError, flight: Flight[Any]) -> bool:
-        """Delete ``session``, unless something newer is stored; whether that was done."""
-        current = self._store.get(key)
-        if current is None or not current.is_same_grant(session):
-            return False
-        if not self._store.replace(key, None, session.token_set):
-            return False
-        self._tell_deleted(key, cause, flight)
-        return True
-
-    def _revoke(self, session: Session) -> None:
-        try:
-            self._authority.revoke(session)
-        except SessionError as error:
-            _log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, error)
-
     def _rest_of(self, session: Session) -> float:
         """For how many seconds more the server has asked not to be called. Nobody asks for longer than an hour: what
         seems so is a clock that was set back."""
         rest = 0.0 if session.refresh_not_before is None else session.refresh_not_before - self._clock()
         return rest if 0.0 < rest <= _LONGEST_REST else 0.0
-
-    # Logging in and out
-
-    def set_stored(self, sub: str, session: Session) -> None:
-        """Store the session of a new log-in, in the place of whatever is there. A refresh under way is waited for.
-
-        :raises ValueError: the session is of another account.
-        :raises StoreError: the session cannot be stored; it has been revoked.
-        """
-        if session.token_set.sub != subject_of(sub):
-            raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
-        session = replace(session, attempt=None, refreshed_at=self._clock(), after_lost_answer=False)
-
-        def work(flight: Flight[None]) -> None:
-            with self._undisturbed(sub, flight):
-                flight.commit()
-                try:
-                    self._store.set(sub, session)
-                except StoreError:
-                    self._revoke(session)
-                    raise
-            self._tell_updated(sub, session, flight)
-
-        self._do(sub, work)
-
-    def delete_stored(self, sub: str, cause: BaseException | None = None, *, revoke: bool = False) -> None:
-        """Delete what is stored under ``sub``. A refresh under way is waited for.
-
-        :param cause: what the listeners are told; by default that the session was signed out.
-        :param revoke: end the session at the authorization server as well, if it can be reached.
-        :raises StoreError: the store cannot be written.
-        """
-        why = cause or TokenRevokedError(f"the session {sub} was signed out")
-
-        def work(flight: Flight[None]) -> None:
-            with self._undisturbed(sub, flight):
-                flight.commit()
-                last, deleted = self._delete(sub)
-            if deleted:
-                self._tell_deleted(sub, why, flight)
-            if revoke and last is not None:
-                self._revoke(last)
-
-        self._do(sub, work)
-
-    def delete_rejected(self, sub: str, session: Session, cause: SessionError) -> None:
-        """Delete ``session`` because its server refuses tokens that it has just issued; not what has come since."""
-
-        def work(flight: Flight[None]) -> None:
-            with self._undisturbed(sub, flight):
-                flight.commit()
-                self._remove(sub, session, cause, flight)
-
-        self._do(sub, work)
-
-    def _delete(self, key: str) -> tuple[Session | None, bool]:
-        """Delete the grant that is stored under ``key``, however often it is refreshed meanwhile. Returns the last that
-        was seen of it, and whether it was deleted here."""
-        try:
-            last = current = self._store.get(key)
-        except StoreError:  # its owner wants it gone, readable or not
-            self._store.delete(key)
-            return None, False
-        while current is not None and last is not None and current.is_same_grant(last):
-            last = current
-            if self._store.replace(key, None, current.token_set):
-                return last, True
-            current = self._store.get(key)
-        return last, False
-
-    def _undisturbed(self, key: str, flight: Flight[None]) -> ExitStack:
-        """The account's lock, if it can be had: whoever finds the record changed without it takes that for final."""
-        stack = ExitStack()
-        try:
-            stack.enter_context(self._locks.hold(key, timeout=self._timeout, cancel=flight.abandoned))
-        except (LockTimeoutError, StoreError) as error:
-            _log.warning("%s changes without its lock: %s", key, error)
-        return stack
-
-    def _do(self, key: str, work: Callable[[Flight[None]], None]) -> None:
-        flight = self._flights.charter(key, work)
-        self._wait(flight, float("inf"), None, own=True)
-        flight.result()
-
-    # Listeners
-
-    def on_updated(self, listener: Callable[[SessionUpdatedEvent], None]) -> Callable[[], None]:
-        """Have ``listener`` called whenever this getter has stored a session, after the locks are released. What it
-        raises is logged. Returns a function that ends it.
-
-        Of two events that follow each other closely, the later may be told first: what is stored counts."""
-        self._updated.append(listener)
-        return lambda: _drop(self._updated, listener)
-
-    def on_deleted(self, listener: Callable[[SessionDeletedEvent], None]) -> Callable[[], None]:
-        """Have ``listener`` called whenever this getter has deleted a session, likewise."""
-        self._deleted.append(listener)
-        return lambda: _drop(self._deleted, listener)
-
-    def _tell_updated(self, key: str, session: Session, flight: Flight[Any]) -> None:
-        event = SessionUpdatedEvent(key, session.dpop_key, session.auth_method, session.token_set)
-        for listener in list(self._updated):
-            flight.afterwards(partial(listener, event))
-
-    def _tell_deleted(self, key: str, cause: BaseException, flight: Flight[Any]) -> None:
-        event = SessionDeletedEvent(key, cause)
-        for listener in list(self._deleted):
-            flight.afterwards(partial(listener, event))
-
-
-def _found(key: str, session: Session | None) -> Session:
-    if session is None:
-        raise SessionNotFoundError(f"no session is stored for {printable(key)}; log in first")
-    return session
-
-
-def _drop(listeners: list[Any], listener: object) -> None:
-    if listener in listeners:
-        listeners.remove(listener)

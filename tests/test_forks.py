@@ -32,6 +32,7 @@ import pytest
 from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session
 from atproto_session.dpop import generate_verifier, proof
 from atproto_session.keys import generate_jwk, load_private_key
+from atproto_session.locks import ThreadLocks
 from atproto_session.stores import SQLiteStore, connections, open_store
 from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.faults import Fault
@@ -621,12 +622,14 @@ def test_parent_and_children_draw_different_numbers(scene: Scene) -> None:
 def draw(client: OAuthClient, did: str) -> dict[str, object]:
     session = client.sessions.get_session(did)
     signed = proof(KEY, "GET", "https://pds.example.com/", clock=lambda: 0.0)
+    with ThreadLocks().hold(did, timeout=0) as hold:
+        attempt = client.sessions._new_attempt(session, hold)
     return {
         "jti": jwt.decode(signed, options={"verify_signature": False})["jti"],
         "signature": jwt.encode({}, load_private_key(KEY), algorithm="ES256").rpartition(".")[2][:32],
         "request": client.authorize(did),
         "verifier": generate_verifier(),
         "key": generate_jwk()["d"],
-        "attempt": client.sessions._new_attempt(session).id,
+        "attempt": attempt.id,
         "jitter": Freshness().random(),
     }

@@ -24,8 +24,10 @@ from atproto_session import (
     StoreError,
     TokenRefreshError,
     TokenRevokedError,
+    session_getter,
 )
 from atproto_session.locks import FileLocks
+from atproto_session.server import ANSWER_WITHIN
 from atproto_session.testing.network import LocalNetwork, Request, Response
 
 from .core import SOON
@@ -161,8 +163,15 @@ def break_lock(directory: Path, how: str) -> None:
 broken = pytest.mark.parametrize("how", ["deleted", "replaced"])
 
 
+@pytest.fixture
+def nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time in which the answer to an attempt may come is over at once."""
+    monkeypatch.setattr(session_getter, "_STORE_WITHIN", -ANSWER_WITHIN)
+
+
 @broken
 @pytest.mark.parametrize("instant", INSTANTS[:2])
+@pytest.mark.usefixtures("nothing_to_wait_for")
 def test_a_lost_lock_stops_a_refresh_unspent(scene: Scene, tmp_path: Path, instant: str, how: str) -> None:
     def usurp() -> None:
         break_lock(tmp_path, how)
@@ -180,13 +189,14 @@ def test_a_lost_lock_stops_a_refresh_unspent(scene: Scene, tmp_path: Path, insta
 
 @broken
 @pytest.mark.parametrize("instant", SENT)
+@pytest.mark.parametrize("lost", ["before the attempt", "at the attempt"])
 def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
-    scene: Scene, tmp_path: Path, instant: str, how: str
+    scene: Scene, tmp_path: Path, lost: str, instant: str, how: str
 ) -> None:
     # The store still takes the attempt, since no token has changed yet: only the lock tells.
-    for _ in range(3):
+    for _ in range(2):
         first = scene.logged_in()
-        stopped, refresh = scene.stopped_refresh("before the attempt")
+        stopped, refresh = scene.stopped_refresh(lost)
         break_lock(tmp_path, how)
         pause, usurper = scene.stopped_refresh(instant, by_other=True)
         stopped.release.set()
@@ -200,10 +210,11 @@ def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
 
 
 @broken
+@pytest.mark.usefixtures("nothing_to_wait_for")
 def test_two_attempts_at_once_stop_each_other_unspent(scene: Scene, tmp_path: Path, how: str) -> None:
     for _ in range(3):
         first = scene.logged_in()
-        stopped, refresh = scene.stopped_refresh("before the attempt")
+        stopped, refresh = scene.stopped_refresh("at the attempt")
         break_lock(tmp_path, how)
         looking, usurper = scene.stopped_refresh("before the last look", by_other=True)
         stopped.release.set()
@@ -219,9 +230,33 @@ def test_two_attempts_at_once_stop_each_other_unspent(scene: Scene, tmp_path: Pa
 
 @broken
 @pytest.mark.parametrize("instant", SENT)
+def test_whoever_gets_a_broken_lock_waits_for_the_answer_to_another(
+    scene: Scene, tmp_path: Path, instant: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The lock is free, and yet says nothing of its holder: it is not the one that was held for the attempt.
+    monkeypatch.setattr(session_getter, "_LOOK_AGAIN", 0.01)
+    for _ in range(3):
+        first = scene.logged_in()
+        pause, refresh = scene.stopped_refresh(instant)
+        break_lock(tmp_path, how)
+        looks = scene.other_steps.signal("get", after=2)
+        usurper = scene.refresh(scene.other)
+        assert looks.wait(SOON)
+        assert scene.uses_of(first) == (instant in PROCESSED)
+        pause.release.set()
+        renewed = present(refresh.outcome())
+        assert tokens_of(present(usurper.outcome())) == tokens_of(renewed)
+        scene.check_works(renewed)
+        assert scene.uses_of(first) == 1
+        scene.check_spent_once()
+
+
+@broken
+@pytest.mark.parametrize("instant", SENT)
+@pytest.mark.usefixtures("nothing_to_wait_for")
 def test_a_lock_broken_in_flight_costs_no_newer_session(scene: Scene, tmp_path: Path, instant: str, how: str) -> None:
-    # A free lock says that its holder is gone, so the token is sent again, and the server ends the session. What is
-    # left to promise: whoever comes last changes nothing that he has not seen.
+    # An answer that comes later than it may: the token has been sent again by then, and the server ends the session.
+    # What is left to promise: whoever comes last changes nothing that he has not seen.
     for _ in range(3):
         first = scene.log_in()
         pause, refresh = scene.stopped_refresh(instant)
@@ -278,6 +313,7 @@ def refuse_when_released(network: LocalNetwork) -> Pause:
 
 
 @pytest.mark.parametrize("newer", ["log-in", "refresh", "log-out"])
+@pytest.mark.usefixtures("nothing_to_wait_for")
 def test_a_late_refusal_ends_nothing_newer(
     network: LocalNetwork, url: str, clean_up: ExitStack, tmp_path: Path, newer: str
 ) -> None:

@@ -155,7 +155,7 @@ def test_the_document_is_the_one_of_the_node_client() -> None:
 
 
 def test_the_document_of_everything() -> None:
-    attempt = Attempt("a1", "host:1", 1.5, 2.5, answers_lost=3)
+    attempt = Attempt("a1", "host:1", 1.5, 2.5, answers_lost=3, lock="1:2")
     session = replace(SESSION, attempt=attempt, refresh_not_before=4.5, refreshed_at=5.5, after_lost_answer=True)
     document = to_document(DID, session)
     assert document["atprotoSession"] == {
@@ -164,7 +164,7 @@ def test_the_document_of_everything() -> None:
         "refreshedAt": 5.5,
         "refreshNotBefore": 4.5,
         "afterLostAnswer": True,
-        "attempt": {"id": "a1", "by": "host:1", "startedAt": 1.5, "answerBy": 2.5, "answersLost": 3},
+        "attempt": {"id": "a1", "by": "host:1", "startedAt": 1.5, "answerBy": 2.5, "answersLost": 3, "lock": "1:2"},
     }
     assert SECRET not in json.dumps(document["atprotoSession"])
     assert from_document(DID, document) == session
@@ -249,6 +249,7 @@ GONE = object()
         ("atprotoSession.attempt", SECRET, "attempt is not a JSON object"),
         ("atprotoSession.attempt.id", GONE, "id is missing"),
         ("atprotoSession.attempt.by", "", "by is missing"),
+        ("atprotoSession.attempt.lock", 1, "lock is missing or not a string"),
         ("atprotoSession.attempt.startedAt", True, "startedAt is not a number"),
         ("atprotoSession.refreshedAt", float("nan"), "refreshedAt is not a finite number"),
         ("atprotoSession.refreshNotBefore", float("inf"), "refreshNotBefore is not a finite number"),
@@ -269,7 +270,7 @@ def test_what_is_no_document_at_all(document: object) -> None:
 
 def test_an_attempt_may_leave_its_times_out() -> None:
     document = changed("atprotoSession.attempt", {"id": "a1", "by": "host:1"})
-    assert from_document(DID, document).attempt == Attempt("a1", "host:1", 0.0, 0.0, 0)
+    assert from_document(DID, document).attempt == Attempt("a1", "host:1", 0.0, 0.0, 0, "")
 
 
 @pytest.mark.parametrize("member", ["refreshedAt", "attempt", "refreshNotBefore", "version", "key"])

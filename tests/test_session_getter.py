@@ -627,9 +627,32 @@ def test_nothing_is_written_when_the_server_cannot_be_found() -> None:
 
 
 def test_an_attempt_of_a_dead_worker_is_tried_again() -> None:
-    attempt = Attempt("other", "host:1", 0.0, 9e12)
-    rig = Rig(expired_session(attempt=attempt))
+    rig = Rig()
+    with rig.store.locks.hold(DID, timeout=0) as hold:
+        attempt = Attempt("other", "host:1", 0.0, 9e12, lock=hold.lock)
+    rig.store.set(DID, expired_session(attempt=attempt))
     assert rig.get().token_set.access_token == "access-2"
+
+
+class CountingStore(MemoryStore[Session]):
+    reads = 0
+
+    def get(self, key: str) -> Session | None:
+        self.reads += 1
+        return super().get(key)
+
+
+def test_under_another_lock_than_that_of_an_attempt_an_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_getter, "_LOOK_AGAIN", 0.01)
+    store = CountingStore()
+    rig = Rig(expired_session(attempt=replace(attempt_in_flight(), lock="another")), store)
+    rig.authority.answer_within = SOON
+    worker = Worker(lambda: rig.get(timeout=SOON))
+    wait_until(lambda: store.reads > 2)  # without a lock, under it, and while it waits
+    newer = make_session(2)
+    store.set(DID, newer)
+    assert worker.outcome() == newer
+    assert rig.authority.sends == 0
 
 
 def test_an_attempt_of_a_dead_worker_is_given_up_where_wanted() -> None:
@@ -675,7 +698,7 @@ def test_under_a_lease_a_later_attempt_is_waited_for_in_turn() -> None:
     wait_until(lambda: locks.extended)
     rig.store.set(DID, expired_session(attempt=replace(attempt_in_flight(0.1), id="third")))
     assert worker.outcome().token_set.access_token == "access-2"  # type: ignore[attr-defined]
-    assert len(locks.extended) == 3, "two waits and the last look"
+    assert len(locks.extended) == 4, "two waits, before the attempt and after it"
 
 
 def test_a_caller_who_leaves_while_an_answer_is_waited_for() -> None:
@@ -763,10 +786,15 @@ def test_the_last_look_sees_a_newer_session_and_a_log_out() -> None:
 
 
 def test_a_lease_that_was_lost_spends_nothing() -> None:
-    locks = LeaseLocks()
+    locks, store = LeaseLocks(), MeddledStore()
     session = expired_session()
-    rig = Rig(session, locks=locks)
+    rig = Rig(session, store, locks=locks)
     locks.held = False
+    with pytest.raises(LockTimeoutError, match="lost"):
+        rig.get()
+    assert rig.stored == session, "nothing is written without the lock"
+    locks.held = True
+    store.meddle = lambda session: setattr(locks, "held", False)
     with pytest.raises(LockTimeoutError, match="lost"):
         rig.get()
     assert rig.authority.sends == 0

@@ -30,6 +30,12 @@ class LockKind(Enum):
 class Hold(Protocol):
     """One lock, held."""
 
+    @property
+    def lock(self) -> str:
+        """Which lock it is: whoever holds it reads the same here, in whatever process. Another text means that the lock
+        was replaced from outside, and that somebody may still hold the one before. Constant where that cannot be."""
+        ...
+
     def extend(self, seconds: float) -> bool:
         """Whether the lock is still held by this holder, and will be for ``seconds`` more. A lease is prolonged."""
         ...

@@ -95,6 +95,12 @@ class _FileHold:
         self._path = path
         self._identity: tuple[int, int, int] | None = None
 
+    @property
+    def lock(self) -> str:
+        # No two files have one number at a time, and a deleted file keeps its own as long as somebody holds it.
+        _, device, number = self._identity or (0, 0, 0)
+        return f"{device}:{number}"
+
     def remember(self, descriptor: int) -> None:
         self._identity = _identity_of(os.fstat(descriptor))
 

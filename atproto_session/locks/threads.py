@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ class _KeyLock:
 
 
 class _ThreadHold:
-    def __init__(self) -> None:
+    def __init__(self, lock: str) -> None:
+        self.lock = lock
         self.held = True
 
     def extend(self, seconds: float) -> bool:
@@ -47,6 +49,7 @@ class ThreadLocks:
     def reset_after_fork(self) -> None:
         self._locks: weakref.WeakValueDictionary[str, _KeyLock] = weakref.WeakValueDictionary()
         self._mutex = threading.Lock()
+        self._name = uuid.uuid4().hex  # a child's locks are not those of its parent
 
     @property
     def kind(self) -> LockKind:
@@ -58,7 +61,7 @@ class ThreadLocks:
             key_lock = self._locks.get(name)
             if key_lock is None:
                 key_lock = self._locks[name] = _KeyLock()
-        hold = _ThreadHold()
+        hold = _ThreadHold(self._name)
         _acquire(key_lock.lock, name, time.monotonic() + timeout, cancel)
         try:
             yield hold

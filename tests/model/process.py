@@ -197,6 +197,7 @@ class Locks:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.kind = LockKind.LEASE if process.world.lease else LockKind.HOLDER
+        self.lock = ""
 
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Locks]:
@@ -205,6 +206,7 @@ class Locks:
         if not world.is_free():
             raise LockTimeoutError("the scheduler says that it took too long")
         world.take_lock(self.process)
+        self.lock = world.which_lock
         try:
             yield self
         finally:

@@ -24,11 +24,12 @@ class Violation(Exception):
 
 class Record(NamedTuple):
     """What the store holds, or what was read from it: which log-in, and which of its tokens. A refresh brings
-    ``token + 1``. An attempt is known by its worker and the number of that worker's call."""
+    ``token + 1``. An attempt is known by its worker and the number of that worker's call, and tells whether it was made
+    under the lock that has taken the place of a broken one."""
 
     grant: int
     token: int
-    attempt: tuple[int, int] | None = None
+    attempt: tuple[int, int, bool] | None = None
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ DONE = Actor("done", 0)
 class State(NamedTuple):
     """:ivar late: the tokens in requests whose senders are gone, and which may still be served.
     :ivar blurred: a worker that had lost its lease has written over the attempt in the record.
-    :ivar forgotten: the place where the leases live has forgotten one.
+    :ivar forgotten: the place where the leases live has forgotten one, or the lock was broken from outside.
     """
 
     record: Record
@@ -85,7 +86,8 @@ Steps = Iterator[tuple[str, State]]
 @dataclass(frozen=True)
 class Protocol:
     """:param lease: the lock ends with its time, not with its holder.
-    :param forgetful: a lease ends early, whatever was promised: once, and no other does.
+    :param forgetful: a lease ends early, whatever was promised: once, and no other does. Without ``lease``, the lock
+        is broken from outside, once, while somebody holds it.
     :param calls: how often each worker asks for a session refreshed after that moment.
     :param owner: who else there is: ``"log_out"``, ``"log_in"``.
     :param without: the mechanisms that are taken out, to see what they are there for.
@@ -121,7 +123,8 @@ class Protocol:
             rest = s._replace(late=s.late - {request})
             yield None, "a request whose sender is gone is dropped", rest
             yield None, "a request whose sender is gone is served", self.serve(rest, request)[0]
-        if self.lease and s.holder is not None and (ended := self.lease_ends(s, s.actors[s.holder])) is not None:
+        can_end = self.lease or self.forgetful
+        if can_end and s.holder is not None and (ended := self.lease_ends(s, s.actors[s.holder])) is not None:
             yield s.holder, "loses its lease", ended
 
     # A worker
@@ -139,13 +142,13 @@ class Protocol:
     def look_again(self, s: State, me: int, a: Actor) -> Steps:
         """``SharedGetter._get``: the second read."""
         found = a.seen if "second read" in self.without else s.record
-        yield "looks again", self._go_on(s, me, a, found, None if self.lease else found.attempt)
+        yield "looks again", self._go_on(s, me, a, found, None)
 
     def outwait(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter._outwait``: under a lease, no answer to the attempt in the record can come any more. Every
         request has a hard bound, so it is answered or lost by then; whoever has not stored an answer by then stands
         still."""
-        number, call = a.session.attempt or (me, 0)
+        number, call, _ = a.session.attempt or (me, 0, False)
         other = s.actors[number]
         if other.calls != call or other.request == "":
             yield "waits", self._go_on(s, me, a, s.record, a.session.attempt)
@@ -154,16 +157,30 @@ class Protocol:
         elif "outwaiting" in self.without:
             yield "does not wait", self._go_on(s, me, a, s.record, a.session.attempt)
 
-    def _go_on(self, s: State, me: int, a: Actor, found: Record, outwaited: tuple[int, int] | None) -> State:
+    def _go_on(self, s: State, me: int, a: Actor, found: Record, outwaited: tuple[int, int, bool] | None) -> State:
         if found.tokens != a.seen.tokens:
             return _end(s, me, a)
-        if found.attempt not in (None, outwaited):
+        if found.attempt not in (None, outwaited) and not self.is_gone(s, me, found):
             return _put(s, me, a, at="outwait", session=found)
-        return _put(s, me, a, at="send" if "attempt" in self.without else "claim", seen=NOTHING, session=found)
+        at = "send" if "attempt" in self.without else "extend" if self.lease or self.forgetful else "claim"
+        return _put(s, me, a, at=at, seen=NOTHING, session=found)
+
+    def is_gone(self, s: State, me: int, found: Record) -> bool:
+        """``SessionGetter._is_gone``: the attempt was made under the very lock that is held now."""
+        same = found.attempt is not None and found.attempt[2] == self._has_new_lock(s, me)
+        return not self.lease and (same or "lock name" in self.without)
+
+    def _has_new_lock(self, s: State, me: int) -> bool:
+        return not self.lease and s.forgotten and s.holder == me
+
+    def extend(self, s: State, me: int, a: Actor) -> Steps:
+        """``SessionGetter._refresh``: the lock is still held, before the attempt is written."""
+        yield "still has its lock", _put(s, me, a, at="claim") if s.holder == me else _end(s, me, a)
 
     def claim(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter._refresh``: the attempt is written, by compare-and-set."""
-        claimed = self.replace(self._blur(s, me), a.session._replace(attempt=(me, a.calls)), a.session)
+        attempt = me, a.calls, self._has_new_lock(s, me)
+        claimed = self.replace(self._blur(s, me), a.session._replace(attempt=attempt), a.session)
         if claimed is None:
             yield "cannot write its attempt", _end(s, me, a)
         elif "last look" in self.without:
@@ -255,11 +272,12 @@ class Protocol:
         yield "unlocks", _go_home(s._replace(holder=None) if s.holder == me else s, me, a)
 
     def _if_mine(self, s: State, me: int, a: Actor, at: str) -> State:
-        return _put(s, me, a, at=at) if s.record.attempt == (me, a.calls) else _end(s, me, a)
+        mine = s.record.attempt is not None and s.record.attempt[:2] == (me, a.calls)
+        return _put(s, me, a, at=at) if mine else _end(s, me, a)
 
     def _blur(self, s: State, me: int) -> State:
         # Attempts are not compared, since the lock keeps others away; which a lease may fail to do.
-        return s._replace(blurred=True) if self.lease and s.holder != me else s
+        return s._replace(blurred=True) if (self.lease or self.forgetful) and s.holder != me else s
 
     # The owner
 

@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
-from atproto_session import ClientAuthMethod, MemoryStore, Session, SessionGetter, TokenSet
+from atproto_session import ClientAuthMethod, MemoryStore, Session, SessionGetter, TokenSet, session_getter
 from atproto_session.keys import generate_jwk
 
 from ..core import DID
@@ -63,8 +64,10 @@ class World:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.writable = not self.chance(0.05)
-        # The place where the leases live forgets one of them, once. All others there last as long as their holders.
-        self._forgets = self._yet_to_forget = self.lease and self.chance(0.25)
+        # The place where the leases live forgets one of them, once; all others there last as long as their holders.
+        # Likewise, the lock is broken from outside, once.
+        self._forgets = self._yet_to_forget = self.chance(0.25)
+        self.which_lock = "the first"
         self.store: MemoryStore[Session] = MemoryStore()
         self.store.set(DID, self.new_grant())
         self._crashes = self.random.choice([0, 0, 1, 2])
@@ -216,7 +219,7 @@ class World:
             self._serve_late()
         elif self.chance(0.1):
             self._stall(self.random.choice(living))
-        elif self.lease and self.chance(0.05):
+        elif self._time_passes and self.chance(0.05):
             self._let_time_pass(self.random.choice([1.0, 15.0, 40.0]))
         elif self._yet_to_forget and self.holder is not None and self.chance(0.1):
             self._forget(self.holder)
@@ -226,7 +229,7 @@ class World:
             self._go_on(late)
         elif awake or runnable:
             self._go_on(self.random.choice(awake or runnable))
-        elif self.lease:
+        elif self._time_passes:
             self._let_time_pass(5.0)
         else:
             self.must(False, "P4: a lock stays taken")
@@ -238,7 +241,7 @@ class World:
     def _stall(self, process: Process) -> None:
         """Let it stand still for some steps of the others; under a lease, often for longer than that lasts."""
         self._stalled[process] = len(self.trace) + self.random.choice([3, 6, 12, 25])
-        if self.lease and self.chance(0.5):
+        if self._time_passes and self.chance(0.5):
             self._let_time_pass(40.0)
 
     def _serve_late(self) -> None:
@@ -260,8 +263,13 @@ class World:
         self.trace.append(f"{seconds} s pass")
 
     def _forget(self, holder: Process) -> None:
-        self.trace.append(f"the lease of {holder.name} is forgotten")
-        self._yet_to_forget, self.holder = False, None
+        self.trace.append(f"the {'lease' if self.lease else 'lock'} of {holder.name} is forgotten")
+        self._yet_to_forget, self.holder, self.which_lock = False, None, "the second"
+
+    @property
+    def _time_passes(self) -> bool:
+        """Whether anybody waits for it."""
+        return self.lease or self._forgets
 
     def _crash(self, process: Process) -> None:
         self.trace.append(f"{process.name} dies")
@@ -287,7 +295,8 @@ def run(seed: int, *, lease: bool) -> None:
     """:raises Violation: with the seed and the schedule in its message."""
     world = World(seed, lease)
     try:
-        world.run()
+        with patch.object(session_getter, "_LOOK_AGAIN", 10.0):
+            world.run()
     except Violation as violation:
         raise Violation("\n  ".join((f"seed {seed}, lease={lease}: {violation}", *world.trace))) from violation
 

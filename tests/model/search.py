@@ -61,7 +61,7 @@ def _in_order(s: State, workers: int) -> tuple[tuple[int, ...], State]:
     def renumbered(record: Record) -> Record:
         if record.attempt is None:
             return record
-        return record._replace(attempt=(place[record.attempt[0]], record.attempt[1]))
+        return record._replace(attempt=(place[record.attempt[0]], *record.attempt[1:]))
 
     sorted_ = (s.actors[old]._replace(session=renumbered(s.actors[old].session)) for old in order)
     holder = s.holder if s.holder is None else place.get(s.holder, s.holder)

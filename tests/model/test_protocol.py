@@ -28,6 +28,8 @@ from .search import search
         pytest.param(Protocol(calls=2, owner=()), id="two calls each"),
         pytest.param(Protocol(calls=2, lease=True, owner=()), id="two calls each, lease"),
         pytest.param(Protocol(lease=True, forgetful=True, owner=("log_out",)), id="a lease that is forgotten"),
+        pytest.param(Protocol(forgetful=True), id="a lock that is broken"),
+        pytest.param(Protocol(forgetful=True, calls=2, owner=()), id="a lock that is broken, two calls each"),
     ],
 )
 def test_nothing_happens_that_must_not(protocol: Protocol) -> None:
@@ -38,6 +40,7 @@ def test_nothing_happens_that_must_not(protocol: Protocol) -> None:
 
 P1 = "P1: a token is sent while an answer to it may still come"
 HELD, LEASE, FORGETFUL = Protocol(), Protocol(lease=True), Protocol(lease=True, forgetful=True)
+BROKEN = Protocol(forgetful=True)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,8 @@ HELD, LEASE, FORGETFUL = Protocol(), Protocol(lease=True), Protocol(lease=True, 
         ("last look", LEASE, P1),
         ("extending last", LEASE, P1),
         ("outwaiting", FORGETFUL, P1),
+        ("lock name", BROKEN, P1),
+        ("outwaiting", BROKEN, P1),
         ("compare-and-set", HELD, "P5: a newer session is overwritten or deleted"),
         ("same grant", HELD, "a session that is in the store is revoked"),
         ("revocation", HELD, "tokens that nobody has are good"),

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from atproto_session import SessionGetter
 from atproto_session.stores import memory
 
 from .protocol import Violation
@@ -35,6 +36,12 @@ def test_a_lock_that_keeps_nobody_out_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_a_compare_and_set_that_does_not_compare_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "holds", lambda stored, expected: True)
     with pytest.raises(Violation, match=r"P5|tokens that nobody has"):
+        run_all()
+
+
+def test_a_broken_lock_that_passes_for_the_one_before_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SessionGetter, "_is_gone", lambda getter, attempt, hold: True)
+    with pytest.raises(Violation, match=r"P1|is lost to which nothing had happened"):
         run_all()
 
 

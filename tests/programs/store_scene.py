@@ -224,6 +224,8 @@ class Scene:
         client, steps = (self.other, self.other_steps) if by_other else (self.one, self.steps)
         if instant == "before the attempt":
             pause = Pause.at(self.network.fault("plc", "hold"))
+        elif instant == "at the attempt":
+            pause = steps.pause("attempt")
         elif instant == "before the last look":
             pause = steps.pause("after attempt")
         elif instant == "before the store":
