@@ -85,6 +85,7 @@ def test_a_replaced_file_ends_the_hold(tmp_path: Path) -> None:
         assert not hold.extend(1.0)
         with FileLocks(tmp_path / "locks").hold("did", timeout=0) as second:
             assert second.extend(1.0)
+            assert second.lock != hold.lock
             assert not hold.extend(1.0)
 
 

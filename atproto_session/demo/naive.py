@@ -15,6 +15,7 @@ class NoLocks:
     """Locks that everybody gets at once."""
 
     kind = LockKind.HOLDER
+    lock = ""
 
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[NoLocks]:

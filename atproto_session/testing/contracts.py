@@ -498,6 +498,12 @@ class LocksContract:
             assert not hold.extend(1.0)
             assert newer.extend(1.0)
 
+    def test_whoever_holds_it_holds_the_same(self, locks: Locks) -> None:
+        with locks.hold(DID, timeout=_SOON) as hold:
+            first = hold.lock
+        with locks.hold(DID, timeout=_SOON) as hold:
+            assert hold.lock == first
+
 
 class SharedLocksContract(LocksContract):
     """What locks do that exclude processes as well."""
@@ -517,18 +523,19 @@ class SharedLocksContract(LocksContract):
 
     def test_another_process_is_excluded(self, locks: Locks, tmp_path: Path) -> None:
         with _Process(_hold_until_told, self.opener(tmp_path)) as holder:
-            assert holder.receive() == "held"
+            lock = holder.receive()
             with pytest.raises(LockTimeoutError):
                 _take(locks, DID)
             holder.send("release")
             assert holder.receive() == "released"
-            _take(locks, DID)
+            with locks.hold(DID, timeout=_SOON) as hold:
+                assert hold.lock == lock, "it is known by another name here"
 
     def test_the_lock_of_a_killed_process_is_free(self, locks: Locks, tmp_path: Path) -> None:
         if locks.kind is not LockKind.HOLDER:
             return
         with _Process(_hold_until_told, self.opener(tmp_path)) as holder:
-            assert holder.receive() == "held"
+            holder.receive()
             holder.kill()
             _take(locks, DID, timeout=_SOON)
 
@@ -626,7 +633,7 @@ def _write_for_ever(connection: Connection, opener: Callable[[], FullStore]) -> 
 
 
 def _hold_until_told(connection: Connection, opener: Callable[[], Locks]) -> None:
-    with opener().hold(DID, timeout=_SOON):
-        connection.send("held")
+    with opener().hold(DID, timeout=_SOON) as hold:
+        connection.send(hold.lock)
         connection.recv()
     connection.send("released")
