@@ -49,13 +49,17 @@ class SharedGetter(Generic[V]):
 
     def __init__(self, store: Cache[V], *, locks: Locks | None = None, timeout: float = 30.0) -> None:
         self._cache = store
-        self._locks: Locks = locks or getattr(store, "locks", None) or ThreadLocks()
+        if locks is None:
+            locks = getattr(store, "locks", None)
+        self._locks: Locks = ThreadLocks() if locks is None else locks
         self._timeout = timeout
         self._flights: Flights[V] = Flights()
 
     def close(self) -> None:
-        """Wait until nothing is being fetched."""
-        self._flights.close()
+        """Wait until nothing is being fetched. Nothing is fetched afterwards: what needs that raises
+        :class:`.SessionError`."""
+        for flight in self._flights.close():
+            flight.wait(float("inf"), None)
 
     def _get(
         self,
@@ -66,13 +70,15 @@ class SharedGetter(Generic[V]):
         timeout: float | None,
         cancel: threading.Event | None,
         at_once: bool = False,
+        suits: Callable[[V], bool],
     ) -> V:
         """Lock, look again, fetch: the value for ``key`` that ``is_good``, or a new one.
 
         :param at_once: wait for nobody else: raise :exc:`LockTimeoutError` if another has the lock.
+        :param suits: whether what another has fetched will do: it may be from before this call.
 
-        Whoever finds another's fetch under way takes its result. If that failed, the error was its own caller's, and
-        this one looks and tries for itself.
+        Whoever finds another's fetch under way takes its result, if that suits. If it failed, the error was its own
+        caller's, and this one looks and tries for itself.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
 
@@ -91,7 +97,7 @@ class SharedGetter(Generic[V]):
             if at_once and not own:
                 raise LockTimeoutError(f"{key} is being fetched by another thread")
             self._wait(flight, deadline, cancel, own=own)
-            if own or (flight.succeeded and flight.fetched):
+            if own or (flight.succeeded and flight.fetched and suits(flight.result())):
                 return flight.result()
             stored = self._cache.get(key)
             if is_good(stored):
@@ -172,7 +178,8 @@ class CachedGetter(SharedGetter[V]):
             flight.commit()
             return self._fetch(key, options, stored)
 
-        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel)
+        # To have been fetched is enough: what is stale at once would be fetched by one caller after the other else.
+        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel, suits=lambda value: True)
 
     def _fetch(self, key: str, options: GetOptions, stored: V | None) -> V:
         try:

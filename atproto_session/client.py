@@ -16,7 +16,7 @@ from .adapter import HardenedAdapter
 from .client_auth import negotiate
 from .discovery import Discovery, ServerMetadata
 from .dpop import NonceCache, challenge_of, generate_verifier
-from .errors import OAuthCallbackError, SessionError, StoreError, TokenRefreshError, printable
+from .errors import OAuthCallbackError, StoreError, TokenRefreshError, printable
 from .identity import IdentityResolver, check_did, normalize_handle
 from .keys import Keyset, generate_jwk
 from .locks import Locks
@@ -260,7 +260,7 @@ class OAuthClient:
         return replace(session, token_set=replace(tokens, aud=aud))
 
     def _revoke(self, session: Session) -> None:
-        with contextlib.suppress(SessionError):
+        with contextlib.suppress(Exception):  # the log-in has failed in any case
             self._authority.revoke(session)
 
     # Using and ending sessions

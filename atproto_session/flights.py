@@ -7,10 +7,13 @@ that has not committed itself then stops, one that has goes on to its end.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -78,15 +81,22 @@ class Flight(Generic[T]):
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
             self._error = error
         finally:
-            unregister()
-            for action in self._afterwards:
-                try:
-                    action()
-                except BaseException:  # noqa: BLE001 - what a listener raises changes nothing for anybody else
-                    _log.exception("a listener failed for %s", self.key)
-            self._done = True
-            for waiter in list(self._waiters):
-                waiter.put(None)
+            try:
+                unregister()
+                for action in self._afterwards:
+                    self._call(action)
+            finally:
+                self._done = True
+                for waiter in list(self._waiters):
+                    waiter.put(None)
+
+    def _call(self, listener: Callable[[], None]) -> None:
+        # What a listener raises changes nothing for anybody else; nor does what a handler of the log does.
+        try:
+            listener()
+        except BaseException:  # noqa: BLE001
+            with suppress(BaseException):
+                _log.exception("a listener failed for %s", self.key)
 
     # For the threads that wait
 
@@ -136,8 +146,10 @@ class Flights(Generic[T]):
     """The flights of one getter that are in the air."""
 
     def __init__(self) -> None:
+        self._closed: str | None = None
         self.reset_after_fork()
         reset_in_child(self)
+        _all_flights.add(self)
 
     def reset_after_fork(self) -> None:
         self._mutex = threading.Lock()
@@ -161,12 +173,16 @@ class Flights(Generic[T]):
         with self._mutex:
             return self._start(Flight(key, work))
 
-    def close(self) -> None:
-        """Wait until no flight is in the air."""
-        for flight in list(self._all):
-            flight.wait(float("inf"), None)
+    def close(self, why: str = "it is closed") -> list[Flight[Any]]:
+        """Let no flight begin any more, and say which are still in the air."""
+        with self._mutex:
+            self._closed = self._closed or why
+            return list(self._all)
 
     def _start(self, flight: Flight[U]) -> Flight[U]:
+        if self._closed is not None:
+            raise SessionError(f"nothing is done for {flight.key} any more: {self._closed}")
+
         def unregister() -> None:
             with self._mutex:
                 self._all.discard(flight)
@@ -189,3 +205,17 @@ class Flights(Generic[T]):
             raise
         self._all.add(flight)
         return flight
+
+
+_all_flights: weakref.WeakSet[Flights[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _land_all() -> None:
+    """At the end of the interpreter, which waits for threads a last time before this. A daemon thread goes on until
+    after it, and may have begun a flight since."""
+    flights = [flight for each in list(_all_flights) for flight in each.close("the program is ending")]
+    for flight in flights:
+        flight.abandon()
+    for flight in flights:
+        flight.wait(float("inf"), None)

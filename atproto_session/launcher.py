@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import _thread
 import threading
+from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from .fork import reset_in_child
@@ -27,39 +29,45 @@ class _Launcher:
         reset_in_child(self)
 
     def reset_after_fork(self) -> None:
-        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
-        self._is_there = False
+        self._orders: SimpleQueue[_Order] = SimpleQueue()
+        self._latest: object = None
 
     def start(self, thread: threading.Thread) -> None:
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         self._orders.put((thread, done))
         for _ in range(_TRIES):
-            if not self._is_there:
+            if self._latest is None:
                 # Without the wait that Thread.start() has. Should this one be struck at birth, another is made below;
-                # should there be two, they take turns.
-                _thread.start_new_thread(carry_out, (self._orders,))
-                self._is_there = True
+                # should there be two, the older leaves after its next order.
+                latest = object()
+                _thread.start_new_thread(carry_out, (self._orders, partial(self._is_needed, latest)))
+                self._latest = latest
             try:
                 error = done.get(timeout=_PATIENCE)
             except Empty:
-                self._is_there = False
+                self._latest = None
                 continue
             if error is not None:
                 raise error
             return
         raise RuntimeError("the thread was not started in time")
 
+    def _is_needed(self, launcher: object) -> bool:
+        return self._latest in (None, launcher)
 
-def carry_out(orders: SimpleQueue[_Order | None]) -> None:
-    """Start the threads that are ordered, until ``None`` is."""
-    while (order := orders.get()) is not None:
-        thread, done = order
+
+def carry_out(orders: SimpleQueue[_Order], is_needed: Callable[[], bool]) -> None:
+    """Start the threads that are ordered, as long as another order may come."""
+    while True:
+        thread, done = orders.get()
         try:
             thread.start()
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
             done.put(error)
         else:
             done.put(None)
+        if not is_needed():
+            return
 
 
 _launcher = _Launcher()

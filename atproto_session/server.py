@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import email.utils
-import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -54,7 +54,9 @@ class AuthorizationServer:
     def push(self, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod) -> str:
         """Push an authorization request and return its ``request_uri``."""
         url = self.metadata.pushed_authorization_request_endpoint
-        document = _document(self._post(url, params, key, method, nonce_required=True), url)
+        response = self._post(url, params, key, method)
+        _check_nonce(response, url)
+        document = _document(response, url)
         request_uri = document.get("request_uri")
         if not isinstance(request_uri, str) or not request_uri:
             raise TransportError(f"{origin(url)} gave no request_uri for the pushed request", sent=True)
@@ -70,13 +72,20 @@ class AuthorizationServer:
             "code_verifier": verifier,
             "redirect_uri": redirect_uri,
         }
-        return self._tokens(params, key, method, nonce_required=True)
+        tokens, response = self._tokens(params, key, method)
+        try:
+            _check_nonce(response, self.metadata.token_endpoint)
+        except TransportError:
+            with suppress(Exception):  # they are thrown away in any case
+                self.revoke(Session(key, method, tokens), method)
+            raise
+        return tokens
 
     def refresh(self, session: Session, method: ClientAuthMethod) -> TokenSet:
         """Spend the refresh token of ``session``. Where the answer has none, the old one goes on."""
         spent = session.token_set
         params = {"grant_type": "refresh_token", "refresh_token": spent.refresh_token or ""}
-        tokens = self._tokens(params, session.dpop_key, method)
+        tokens, _ = self._tokens(params, session.dpop_key, method)
         return replace(tokens, aud=spent.aud, refresh_token=tokens.refresh_token or spent.refresh_token)
 
     def revoke(self, session: Session, method: ClientAuthMethod) -> None:
@@ -96,20 +105,16 @@ class AuthorizationServer:
             raise _error_of(response, url)
 
     def _tokens(
-        self,
-        params: Mapping[str, str],
-        key: Mapping[str, Any],
-        method: ClientAuthMethod,
-        *,
-        nonce_required: bool = False,
-    ) -> TokenSet:
+        self, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod
+    ) -> tuple[TokenSet, Response]:
         url = self.metadata.token_endpoint
         asked_at = self._clock()
-        document = _document(self._post(url, params, key, method, nonce_required=nonce_required), url)
+        response = self._post(url, params, key, method)
+        document = _document(response, url)
         access_token = _text(document, "access_token")
         if access_token is None:
             raise TransportError(f"{origin(url)} answered without an access token", sent=True)
-        return TokenSet(
+        tokens = TokenSet(
             iss=self.metadata.issuer,
             sub=_text(document, "sub") or "",
             aud="",
@@ -119,16 +124,9 @@ class AuthorizationServer:
             token_type=_text(document, "token_type") or "",
             expires_at=_expiry(document.get("expires_in"), asked_at),
         )
+        return tokens, response
 
-    def _post(
-        self,
-        url: str,
-        params: Mapping[str, str],
-        key: Mapping[str, Any],
-        method: ClientAuthMethod,
-        *,
-        nonce_required: bool = False,
-    ) -> Response:
+    def _post(self, url: str, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod) -> Response:
         """One request, sent once more only if the server wants a nonce: it has not looked at anything else then. Every
         try has a proof and an assertion of its own."""
         deadline = time.monotonic() + ANSWER_WITHIN
@@ -147,10 +145,6 @@ class AuthorizationServer:
             )
             answer = Answer.of(response.status, response.headers, response.body)
             proof = next_proof(flow, answer)
-        if nonce_required and answer.nonce is None and response.status < 300:
-            raise TransportError(
-                f"{origin(url)} answered without a DPoP nonce, so it may not have checked the proof", sent=True
-            )
         return response
 
 
@@ -205,6 +199,13 @@ class AccountAuthority:
         server.revoke(session, resolve_stored(session.auth_method, self._client, self._keyset, server.metadata))
 
 
+def _check_nonce(response: Response, url: str) -> None:
+    if response.status < 300 and Answer.of(response.status, response.headers, response.body).nonce is None:
+        raise TransportError(
+            f"{origin(url)} answered without a DPoP nonce, so it may not have checked the proof", sent=True
+        )
+
+
 def _document(response: Response, url: str) -> dict[str, Any]:
     """The JSON object of a successful answer."""
     if not 200 <= response.status < 300:
@@ -249,7 +250,7 @@ def _text(document: Mapping[str, Any], name: str) -> str | None:
 def _expiry(expires_in: object, asked_at: float) -> datetime | None:
     if isinstance(expires_in, bool) or not isinstance(expires_in, int | float):
         return None
-    if not math.isfinite(expires_in) or not 0 <= expires_in <= _LONGEST_LIFE:
+    if not 0 <= expires_in <= _LONGEST_LIFE:
         return None
     # To the millisecond, as it is stored.
     return datetime.fromtimestamp(int((asked_at + expires_in) * 1000) / 1000, UTC)
@@ -263,6 +264,6 @@ def _retry_after(value: str | None) -> float | None:
         return float(value.strip()[:9])
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, moment.timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, moment.timestamp() - time.time())

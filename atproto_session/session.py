@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 #: Documents with a higher version were written by a later release, which may mean something else by them.
 DOCUMENT_VERSION = 1
@@ -83,6 +83,19 @@ class Attempt:
     lock: str = ""
 
 
+class ReadOnly(dict[str, Any]):
+    """A JSON object that cannot be changed, since it is shared with whoever else reads the session."""
+
+    def _refuse(self, *args: object, **names: object) -> NoReturn:
+        raise TypeError("the key of a session cannot be changed; dict(key) is a copy of it")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadOnly, (dict(self),)
+
+
 @dataclass(frozen=True)
 class Session:
     """One account's session. Immutable: a refresh makes a new one.
@@ -104,6 +117,10 @@ class Session:
     refresh_not_before: float | None = None
     refreshed_at: float | None = None
     after_lost_answer: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.dpop_key) is not ReadOnly:
+            object.__setattr__(self, "dpop_key", ReadOnly(self.dpop_key))
 
     def is_same_grant(self, other: Session) -> bool:
         """Whether both come from the same log-in."""
@@ -195,7 +212,14 @@ def fault_in(tokens: TokenSet, sub: str) -> str | None:
         return "tokens without the scope atproto"
     if tokens.token_type.lower() != "dpop":
         return "tokens that are not bound to its key"
+    if not all(is_token(token) for token in (tokens.access_token, tokens.refresh_token or "")):
+        return "tokens that no header can carry"
     return None
+
+
+def is_token(text: str) -> bool:
+    """Whether ``text`` has only characters that a token may have (RFC 6749 appendix A.12)."""
+    return text.isascii() and text.isprintable()
 
 
 # The stored document
@@ -260,8 +284,8 @@ def from_document(key: str, document: object) -> Session:
             sub=_text(tokens, "sub"),
             aud=_text(tokens, "aud"),
             scope=_text(tokens, "scope"),
-            refresh_token=None if tokens.get("refresh_token") is None else _text(tokens, "refresh_token"),
-            access_token=_text(tokens, "access_token"),
+            refresh_token=None if tokens.get("refresh_token") is None else _token(tokens, "refresh_token"),
+            access_token=_token(tokens, "access_token"),
             token_type=_text(tokens, "token_type"),
             expires_at=None if expires_at is None else _from_iso(expires_at),
         ),
@@ -309,6 +333,13 @@ def _text(members: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} is missing or not a string")
     return value
+
+
+def _token(members: Mapping[str, Any], name: str) -> str:
+    token = _text(members, name)
+    if not is_token(token):
+        raise ValueError(f"{name} has characters that no token has")
+    return token
 
 
 def _number(members: Mapping[str, Any], name: str) -> float | None:

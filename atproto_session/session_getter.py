@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Literal, Protocol
 
 from .errors import (
     AuthMethodUnsatisfiableError,
-    CancelledError,
     LockTimeoutError,
     OAuthResponseError,
     RefreshInterruptedError,
@@ -131,27 +132,37 @@ class SessionGetter(StoredSessions):
         if refresh is False and rejected is None:
             return seen
 
-        def is_good(session: Session | None) -> bool:
-            tokens = found(sub, session).token_set
+        def is_newer(session: Session) -> bool:
             if rejected is not None:
-                return tokens.access_token != rejected and not self.freshness.is_expired(tokens)
-            renewed = not tokens.has_same_tokens(seen.token_set)
-            if refresh is True:
-                return renewed
+                return session.token_set.access_token != rejected
+            return not session.token_set.has_same_tokens(seen.token_set)
+
+        def is_good(session: Session | None) -> bool:
+            session = found(sub, session)
+            if refresh is True and rejected is None:
+                return is_newer(session)
+            if rejected is None and not self.freshness.is_stale(session.token_set):
+                return True
             # What another worker has just renewed is used, even if it is to live so short that it counts as stale.
-            return not self.freshness.is_stale(tokens) or (renewed and not self.freshness.is_expired(tokens))
+            return is_newer(session) and not self.freshness.is_expired(session.token_set)
 
         def fetch(stored: Session | None, hold: Hold, flight: Flight[Session]) -> Session:
             return self._refresh(sub, found(sub, stored), is_good, hold, flight)
 
+        get = partial(self._get, sub, is_good, fetch, suits=is_newer, timeout=timeout, cancel=cancel)
         if is_good(seen):
             return seen
-        if refresh is True or rejected is not None or self.freshness.is_expired(seen.token_set):
-            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel)
+        usable = rejected is None and not self.freshness.is_expired(seen.token_set)
+        if refresh is True and usable and seen.token_set.refresh_token is None:
+            raise TokenRefreshError(
+                f"the session {sub} was issued without a refresh token: it can be used, but not refreshed"
+            )
+        if refresh is True or not usable:
+            return get()
         if self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
             return seen
         try:
-            return self._get(sub, is_good, fetch, timeout=timeout, cancel=cancel, at_once=True)
+            return get(at_once=True)
         except SessionError as error:
             if error.login_required or self.freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
                 raise
@@ -174,39 +185,36 @@ class SessionGetter(StoredSessions):
             session = self._outwait(key, session, hold, flight)
             if is_good(session):
                 return session
-        try:
-            self._check(key, session)
-            send = self._authority.prepare(session)
-        except TokenRefreshError as error:
-            self._remove(key, session, error, flight)
-            raise
+        self._check(key, session, flight)
+        send = self._authority.prepare(session)
 
         # The attempt proves that the store takes this very record, and tells whoever comes after a crash that the
         # token may have been spent. It must not hide that of whoever got a lock that was lost meanwhile.
         hold_for = self._authority.answer_within + _STORE_WITHIN
         if not hold.extend(hold_for):
             return self._newer(key, session)
-        attempted = session.with_attempt(self._new_attempt(session, hold))
+        attempt = self._new_attempt(session, hold)
+        attempted = session.with_attempt(attempt)
         if not self._store.replace(key, attempted, session.token_set):
             return self._newer(key, session)
-        current = self._store.get(key)
-        if current is None or current.attempt != attempted.attempt:
-            return self._newer(key, session)
-        # Last of all, so that nothing that takes time lies between this and the request. If it fails, the attempt
-        # stays: it may stand in the place of the one of whoever holds the lock now.
-        if not hold.extend(hold_for):
-            return self._newer(key, session)
+        # The lock is looked at last of all, so that nothing that takes time lies between this and the request. If it
+        # was lost, the attempt stays: it may stand in the place of the one of whoever holds it now.
         try:
-            flight.commit()
-        except CancelledError:
+            go = self._is_announced(key, session, attempted, attempt.answer_by) and hold.extend(hold_for)
+            if go:
+                flight.commit()
+        except SessionError:
             self._leave(key, attempted, session.attempt)
             raise
-        return self._spend(key, session, attempted, send, flight)
+        if not go:
+            return self._newer(key, session)
+        return self._spend(session, attempted, send, hold, flight)
 
     def _spend(
-        self, key: str, session: Session, attempted: Session, send: Callable[[], Session], flight: Flight[Session]
+        self, session: Session, attempted: Session, send: Callable[[], Session], hold: Hold, flight: Flight[Session]
     ) -> Session:
         """Send the refresh request, and make the best of what comes back. Nothing gives up waiting for that here."""
+        key = flight.key
         try:
             successor = send()
         except OAuthResponseError as error:
@@ -224,6 +232,10 @@ class SessionGetter(StoredSessions):
                 ) from error
             self._leave(key, attempted, session.attempt)
             raise
+        except SessionError:
+            raise
+        except Exception as error:
+            raise RefreshInterruptedError(f"the answer to the refresh of {key} could not be read; try again") from error
         if (fault := fault_in(successor.token_set, session.token_set.sub)) is not None:
             return self._discard(key, session, successor, fault, flight)
         successor = replace(
@@ -233,7 +245,7 @@ class SessionGetter(StoredSessions):
             refreshed_at=self._clock(),
             after_lost_answer=session.attempt is not None,
         )
-        return self._keep(key, session, successor, flight)
+        return self._keep(key, session, successor, hold, flight)
 
     def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
         """The session in the store once no answer to the attempt in it can come any more."""
@@ -260,12 +272,15 @@ class SessionGetter(StoredSessions):
         and that is one that ends only with its holder. Else it may be alive, and its request under way."""
         return self._lock_kind is LockKind.HOLDER and attempt.lock == getattr(hold, "lock", "")
 
-    def _check(self, key: str, session: Session) -> None:
-        tokens = session.token_set
+    def _check(self, key: str, session: Session, flight: Flight[Session]) -> None:
+        tokens, why = session.token_set, ""
         if tokens.sub != subject_of(key):
-            raise TokenRefreshError(f"the session stored under {key} is of another account; log in again")
-        if tokens.refresh_token is None:
-            raise TokenRefreshError(f"the session {key} was issued without a refresh token; log in again")
+            why = f"the session stored under {key} is of another account; log in again"
+        elif tokens.refresh_token is None:
+            why = f"the session {key} was issued without a refresh token; log in again"
+        if why:
+            self._remove(key, session, error := TokenRefreshError(why), flight)
+            raise error
         try:
             load_private_key(session.dpop_key)
         except ValueError as error:
@@ -277,6 +292,17 @@ class SessionGetter(StoredSessions):
                 status=429,
                 retry_after=rest,
             )
+
+    def _is_announced(self, key: str, session: Session, attempted: Session, answer_by: float) -> bool:
+        """Whether the attempt is in the store, where everybody sees it, and tells the truth about its end."""
+        current = self._store.get(key)
+        if current is None or not current.token_set.has_same_tokens(session.token_set):
+            return False
+        if current.attempt == session.attempt:
+            raise StoreError(f"the session store did not keep what was recorded for {key} before its refresh")
+        if self._clock() + self._authority.answer_within > answer_by:
+            raise StoreError(f"the session store took too long to record the refresh of {key}", retryable=True)
+        return current.attempt == attempted.attempt
 
     def _new_attempt(self, session: Session, hold: Hold) -> Attempt:
         now = self._clock()
@@ -291,7 +317,7 @@ class SessionGetter(StoredSessions):
 
     # How it ends
 
-    def _keep(self, key: str, spent: Session, successor: Session, flight: Flight[Session]) -> Session:
+    def _keep(self, key: str, spent: Session, successor: Session, hold: Hold, flight: Flight[Session]) -> Session:
         """Store ``successor`` in the place of what was spent for it, and of nothing else."""
         errors: list[Exception] = []
         expected = spent.token_set
@@ -299,9 +325,11 @@ class SessionGetter(StoredSessions):
             try:
                 stored = self._store.replace(key, successor, expected)
                 current = successor if stored else self._store.get(key)
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the tokens are there and paid for
                 errors.append(error)
                 time.sleep(pause)
+                with suppress(Exception):  # a lease may live elsewhere, and be well
+                    hold.extend(self._authority.answer_within + _STORE_WITHIN)
                 continue
             if current is None or not current.is_same_grant(successor):  # signed out, or logged in anew, meanwhile
                 self._revoke(successor)
@@ -318,7 +346,7 @@ class SessionGetter(StoredSessions):
         self._revoke(successor)
         try:
             self._remove(key, spent, failure, flight)
-        except StoreError as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             errors.append(error)
         raise failure from ExceptionGroup("what the store said", errors or [failure])
 
@@ -342,10 +370,11 @@ class SessionGetter(StoredSessions):
                 newer = self._store.get(key)
         except StoreError as error:
             _log.warning("the session %s could not be deleted: %s", key, error)
-        if newer is not None and newer.is_same_grant(session):
-            return newer
-        self._revoke(successor)
-        raise cause
+        if newer is None or not newer.is_same_grant(session):
+            self._revoke(successor)
+        if newer is None:
+            raise cause
+        return newer
 
     def _leave(self, key: str, attempted: Session, attempt: Attempt | None, *, rest: float | None = None) -> None:
         """Put ``attempt`` in the place of the attempt in ``attempted``, if that is still what is stored."""

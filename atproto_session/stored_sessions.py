@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from .cached_getter import SharedGetter
 from .errors import (
+    CancelledError,
     LockTimeoutError,
     SessionError,
     SessionNotFoundError,
@@ -85,11 +86,11 @@ class StoredSessions(SharedGetter[Session]):
         session = replace(session, attempt=None, refreshed_at=self._clock(), after_lost_answer=False)
 
         def work(flight: Flight[None]) -> None:
+            flight.commit()  # at once: there is no way to log in with this session again
             with self._undisturbed(sub, flight):
-                flight.commit()
                 try:
                     self._store.set(sub, session)
-                except StoreError:
+                except Exception:
                     self._revoke(session)
                     raise
             self._tell_updated(sub, session, flight)
@@ -133,7 +134,7 @@ class StoredSessions(SharedGetter[Session]):
             last = current = self._store.get(key)
         except StoreError:  # its owner wants it gone, readable or not
             self._store.delete(key)
-            return None, False
+            return None, True
         while current is not None and last is not None and current.is_same_grant(last):
             last = current
             if self._store.replace(key, None, current.token_set):
@@ -146,7 +147,9 @@ class StoredSessions(SharedGetter[Session]):
         stack = ExitStack()
         try:
             stack.enter_context(self._locks.hold(key, timeout=self._timeout, cancel=flight.abandoned))
-        except (LockTimeoutError, StoreError) as error:
+        except CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - locks may be the user's own
             _log.warning("%s changes without its lock: %s", key, error)
         return stack
 
@@ -195,8 +198,9 @@ class StoredSessions(SharedGetter[Session]):
     def _revoke(self, session: Session) -> None:
         try:
             self._revoker.revoke(session)
-        except SessionError as error:
-            _log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, error)
+        except Exception as error:  # noqa: BLE001 - there is nobody left to whom it would matter
+            why = error if isinstance(error, SessionError) else type(error).__name__
+            _log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, why)
 
     def _newer(self, key: str, session: Session) -> Session:
         """What took the place of ``session`` in the store."""

@@ -54,7 +54,7 @@ def test_all_promises_are_kept_under_load() -> None:
     assert rows["requests that waited for a refresh"] != "0"
     assert " 1 s: requests" in ended.stdout
     # Which worker notices first, and so with which of these errors, is chance.
-    assert re.search(r"What users see: (TokenRe\w+|SessionNotFound)Error: |survived by luck", ended.stdout)
+    assert re.search(r"What users see: \w+Error: |survived by luck", ended.stdout)
     assert "BROKEN" not in ended.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from atproto_session import launcher
 from atproto_session.launcher import carry_out, start_thread
 
-from .core import SOON
+from .core import SOON, wait_until
 
 
 def test_a_thread_is_started_by_another() -> None:
@@ -29,14 +30,15 @@ def test_what_keeps_a_thread_from_starting_is_the_callers() -> None:
         start_thread(thread)
 
 
-def test_orders_are_carried_out_until_the_last() -> None:
+def test_orders_are_carried_out_as_long_as_it_is_needed() -> None:
     # Here, where it can be measured that all of it runs: the real one is a thread that Python's tools do not see.
     orders: SimpleQueue[Any] = SimpleQueue()
     ran, answers = threading.Event(), SimpleQueue[BaseException | None]()
     thread = threading.Thread(target=ran.set)
-    for order in ((thread, answers), (thread, answers), None):
+    needed = iter((True, False))
+    for order in ((thread, answers), (thread, answers)):
         orders.put(order)
-    carry_out(orders)
+    carry_out(orders, lambda: next(needed))
     assert ran.wait(SOON)
     assert answers.get() is None
     assert isinstance(answers.get(), RuntimeError)
@@ -45,16 +47,29 @@ def test_orders_are_carried_out_until_the_last() -> None:
 def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = launcher._Launcher()
     monkeypatch.setattr(launcher, "_PATIENCE", 0.01)
-    lost._is_there = True
+    lost._latest = "one that died"
     ran = threading.Event()
     lost.start(threading.Thread(target=ran.set))
     assert ran.wait(SOON)
-    lost._orders.put(None)
+
+
+def test_a_launcher_that_was_replaced_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[Callable[[], bool]] = []
+    monkeypatch.setattr(launcher, "_PATIENCE", 0.001)
+    monkeypatch.setattr(launcher, "carry_out", lambda orders, is_needed: needed.append(is_needed))
+    late = launcher._Launcher()
+    with pytest.raises(RuntimeError, match="in time"):
+        late.start(threading.Thread())
+    wait_until(lambda: len(needed) == launcher._TRIES)
+    late._latest = None
+    assert all(is_needed() for is_needed in needed), "no other is there"
+    late._latest = "another"
+    assert not any(is_needed() for is_needed in needed)
 
 
 def test_a_launcher_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_PATIENCE", 0.001)
-    monkeypatch.setattr(launcher, "carry_out", lambda orders: None)
+    monkeypatch.setattr(launcher, "carry_out", lambda orders, is_needed: None)
     with pytest.raises(RuntimeError, match="in time"):
         launcher._Launcher().start(threading.Thread())
 

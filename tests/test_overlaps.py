@@ -20,6 +20,7 @@ from atproto_session import (
     CallbackResult,
     LockTimeoutError,
     Session,
+    SessionGetter,
     SessionNotFoundError,
     StoreError,
     TokenRefreshError,
@@ -27,7 +28,6 @@ from atproto_session import (
     session_getter,
 )
 from atproto_session.locks import FileLocks
-from atproto_session.server import ANSWER_WITHIN
 from atproto_session.testing.network import LocalNetwork, Request, Response
 
 from .core import SOON
@@ -165,8 +165,8 @@ broken = pytest.mark.parametrize("how", ["deleted", "replaced"])
 
 @pytest.fixture
 def nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time in which the answer to an attempt may come is over at once."""
-    monkeypatch.setattr(session_getter, "_STORE_WITHIN", -ANSWER_WITHIN)
+    """Whoever announced a refresh counts as gone: the time in which its answer may come is over."""
+    monkeypatch.setattr(SessionGetter, "_is_gone", lambda getter, attempt, hold: True)
 
 
 @broken

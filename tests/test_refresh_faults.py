@@ -516,9 +516,9 @@ def test_an_account_that_went_to_another_issuer(stage: Stage, caplog: pytest.Log
         stage.refresh()
     assert stage.network.token_requests == requests_before
     assert (stage.uses, stage.network.revocations) == (0, 0)
-    stage.check_record(Record.GONE)
-    stage.check_events(Record.GONE)
-    stage.check_next_use(Record.GONE, processed=False)
+    # Nobody has ended it, and whoever runs the servers may have made a mistake.
+    stage.check_record(Record.UNTOUCHED)
+    stage.check_events(Record.UNTOUCHED)
 
 
 @pytest.mark.parametrize("processed", [False, True])

@@ -236,6 +236,8 @@ GONE = object()
         ("tokenSet.access_token", GONE, "access_token is missing"),
         ("tokenSet.access_token", [SECRET], "access_token is missing or not a string"),
         ("tokenSet.refresh_token", "", "refresh_token is missing"),
+        ("tokenSet.refresh_token", f"{SECRET}\n", "refresh_token has characters that no token has"),
+        ("tokenSet.access_token", f"{SECRET}\udc80", "access_token has characters that no token has"),
         ("tokenSet.expires_at", SECRET, "expires_at is not a date"),
         ("tokenSet.expires_at", 1900000000, "expires_at is not a date"),
         ("tokenSet.expires_at", "9999-12-31T23:59:59-23:00", "expires_at is not a date"),
@@ -281,6 +283,7 @@ def test_members_of_our_own_may_be_missing(member: str) -> None:
 
 
 texts = st.text(min_size=1)
+tokens = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1)
 numbers = st.floats(min_value=0, max_value=1e12)
 times = st.datetimes(timezones=st.just(UTC)).map(lambda time: time.replace(microsecond=time.microsecond // 1000 * 1000))
 sessions = st.builds(
@@ -294,8 +297,8 @@ sessions = st.builds(
         sub=texts,
         aud=texts,
         scope=texts,
-        refresh_token=st.none() | texts,
-        access_token=texts,
+        refresh_token=st.none() | tokens,
+        access_token=tokens,
         token_type=texts,
         expires_at=st.none() | times,
     ),

@@ -468,7 +468,8 @@ def test_an_error_that_spent_nothing_leaves_no_trace(error: SessionError) -> Non
         (OAuthResponseError("no", status=500, error="server_error"), OAuthResponseError),
         (OAuthResponseError("no", status=403), OAuthResponseError),
         (TransportError("reset", sent=True), RefreshInterruptedError),
-        (RuntimeError("a bug"), RuntimeError),
+        (RuntimeError("a bug"), RefreshInterruptedError),
+        (AuthMethodUnsatisfiableError("no key"), AuthMethodUnsatisfiableError),
     ],
 )
 def test_an_answer_that_may_be_lost_leaves_the_attempt(error: Exception, raised: type[Exception]) -> None:
@@ -556,8 +557,7 @@ def test_tokens_that_must_not_be_used_do_not_hurt_a_newer_session() -> None:
     assert rig.authority.revoked == [], "any token of a grant ends the whole grant"
     rig.store.set(DID, expired_session())
     newer = replace(newer, dpop_key=OTHER_KEY)
-    with pytest.raises(TokenRefreshError):
-        rig.get()
+    assert rig.get() == newer
     assert rig.stored == newer
     assert rig.authority.revoked == ["refresh-2"]
 
@@ -606,12 +606,12 @@ def test_a_key_of_an_unknown_kind_keeps_the_session() -> None:
     assert rig.authority.sends == 0
 
 
-def test_another_authority_ends_the_session() -> None:
-    rig = Rig(expired_session())
+def test_another_authority_does_not_end_the_session() -> None:
+    rig = Rig(session := expired_session())
     rig.refuse_preparation(TokenRefreshError("moved"))
     with pytest.raises(TokenRefreshError, match="moved"):
         rig.get()
-    assert rig.stored is None
+    assert rig.stored == session
 
 
 def test_nothing_is_written_when_the_server_cannot_be_found() -> None:

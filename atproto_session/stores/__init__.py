@@ -18,12 +18,12 @@ sessions are safe between the threads of one process only. It proves itself by s
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import Locks
 from ..session import Session, TokenSet
-from .completed import CompletedStore, MappingStore
+from .completed import CompletedStore, MappingStore, filled_in_for
 from .document import Codec, EncryptionKeys
 from .jsonfile import JSONStore
 from .memory import MemoryStore
@@ -112,24 +112,23 @@ class FullStore(SessionStore, Protocol):
 
 
 def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
-    """``store`` itself if nothing is missing in it, else with the rest filled in: ``replace`` under a lock of this
-    process, ``locks`` of this process, ``logins`` in its memory. Iterating and clearing are not made up.
+    """A store of this library as it is; any other with what is missing filled in: ``replace`` under a lock of this
+    process, ``locks`` of this process, ``logins`` in its memory, the same however often ``store`` is completed.
+    Iterating and clearing are not made up. Whatever else than a :exc:`.SessionError` it raises becomes a
+    :exc:`.StoreError`.
 
     :raises TypeError: ``store`` is neither a store nor a mutable mapping.
     """
+    if isinstance(store, CompletedStore | JSONStore | MemoryStore | SQLiteStore):
+        return store
     if all(callable(getattr(store, name, None)) for name in ("get", "set", "delete")):
-        if all(getattr(store, name, None) is not None for name in _REST):
-            return cast(FullStore, store)
-        return CompletedStore(store, type(store).__name__)
+        return CompletedStore(store, filled_in_for(store))
     if isinstance(store, MutableMapping):
-        return CompletedStore(MappingStore(store), type(store).__name__)
+        return CompletedStore(MappingStore(store), filled_in_for(store))
     raise TypeError(
         f"a session store has the methods get(key), set(key, session) and delete(key), or is a mutable mapping; "
         f"{type(store).__name__} is neither"
     )
-
-
-_REST = ("replace", "clear", "__iter__", "close", "locks", "logins")
 
 
 def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
@@ -167,12 +166,13 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
 _MOST_NAMED = 20
 
 
-def rotate_encryption(store: FullStore, *, timeout: float = 60.0) -> int:
+def rotate_encryption(store: FullStore, *, locks: Locks | None = None, timeout: float = 60.0) -> int:
     """Write every session of ``store`` again, encrypted with the first of its keys. Workers may go on using it.
 
     Each account's lock is held meanwhile, and the session is stored by compare-and-set, so that neither a refresh nor
     the trace of one is lost.
 
+    :param locks: those that the clients were given, if they were given any; by default the store's own.
     :param timeout: how long to wait for a refresh under way, in seconds for each account.
     :returns: how many sessions were written.
     :raises StoreError: at the end, with the keys of all records that could not be read or written; the others have
@@ -190,7 +190,7 @@ def rotate_encryption(store: FullStore, *, timeout: float = 60.0) -> int:
             failures.append(error)
             break
         try:
-            with store.locks.hold(key, timeout=timeout):
+            with (store.locks if locks is None else locks).hold(key, timeout=timeout):
                 written += _rewrite(store, key)
         except (StoreError, LockTimeoutError) as error:
             failures.append(error)

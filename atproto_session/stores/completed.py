@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from ..errors import SessionError, StoreError, printable
+from ..fork import reset_in_child
 from ..locks import Locks, ThreadLocks
 from ..session import Session, TokenSet
 from .memory import MemoryLogins, holds
@@ -14,15 +17,49 @@ from .memory import MemoryLogins, holds
 T = TypeVar("T")
 
 
-class CompletedStore:
-    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError, which calls it ``name``."""
+class FilledIn:
+    """What a store may lack: one for each store of this process, whoever completes it."""
 
-    def __init__(self, store: Any, name: str) -> None:
+    def __init__(self, store: object) -> None:
+        self.store = store
+        self.locks = ThreadLocks()
+        self.logins = MemoryLogins()
+        self.writes = ThreadLocks()
+
+
+class _Registry:
+    """Weak, and by identity: a mapping cannot be hashed. No other object has the number of one that is kept here."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[int, FilledIn] = weakref.WeakValueDictionary()
+        self.reset_after_fork()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        self._mutex = threading.Lock()
+
+    def of(self, store: object) -> FilledIn:
+        with self._mutex:
+            filled_in = self._known.get(id(store))
+            if filled_in is None:
+                filled_in = self._known[id(store)] = FilledIn(store)
+            return filled_in
+
+
+filled_in_for = _Registry().of
+
+
+class CompletedStore:
+    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError."""
+
+    def __init__(self, store: Any, filled_in: FilledIn) -> None:
         self._store = store
-        self._name = name
-        self._writes = ThreadLocks()
-        self.locks: Locks = getattr(store, "locks", None) or ThreadLocks()
-        self.logins = getattr(store, "logins", None) or MemoryLogins()
+        self._filled_in = filled_in
+        self._name = type(filled_in.store).__name__
+        self._has_replace = hasattr(store, "replace")
+        locks, logins = getattr(store, "locks", None), getattr(store, "logins", None)
+        self.locks: Locks = filled_in.locks if locks is None else locks
+        self.logins = filled_in.logins if logins is None else logins
 
     def __repr__(self) -> str:
         return f"<{self._name}, completed>"
@@ -31,18 +68,18 @@ class CompletedStore:
         return self._checked(key, self._call("read", self._store.get, key))
 
     def set(self, key: str, session: Session) -> None:
-        with self._writes.hold(key, timeout=threading.TIMEOUT_MAX):
+        with self._writing(key):
             self._set(key, session)
 
     def delete(self, key: str) -> None:
-        with self._writes.hold(key, timeout=threading.TIMEOUT_MAX):
+        with self._writing(key):
             self._delete(key)
 
     def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
         """Compare-and-set; atomic between the threads of this process, unless the store does better."""
-        if hasattr(self._store, "replace"):
+        if self._has_replace:
             return bool(self._call("written", self._store.replace, key, session, expected))
-        with self._writes.hold(key, timeout=threading.TIMEOUT_MAX):
+        with self._writing(key):
             if not holds(self.get(key), expected):
                 return False
             if session is not None:
@@ -60,6 +97,12 @@ class CompletedStore:
     def close(self) -> None:
         if hasattr(self._store, "close"):
             self._call("closed", self._store.close)
+
+    def _writing(self, key: str) -> AbstractContextManager[object]:
+        """Nothing else writes ``key`` in this block; a store with a ``replace`` of its own sees to that itself."""
+        if self._has_replace:
+            return nullcontext()
+        return self._filled_in.writes.hold(key, timeout=threading.TIMEOUT_MAX)
 
     def _set(self, key: str, session: Session) -> None:
         self._call("written", self._store.set, key, session)

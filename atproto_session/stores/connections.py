@@ -12,8 +12,8 @@ from __future__ import annotations
 import sqlite3
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors import StoreError
 from ..fork import pause_at_fork
@@ -24,6 +24,11 @@ _MOST_IDLE = 8
 _POLL = 0.001
 #: What a fork could not close, kept for good: to be collected is to be closed.
 _inherited: list[sqlite3.Connection] = []
+_inherited_paths: set[str] = set()
+_FORKED = (
+    "this process was forked while its parent was using the SQLite database, which must not be used here any more; "
+    "start the process by spawning, or fork when the store is idle"
+)
 
 
 class Connection(sqlite3.Connection):
@@ -40,22 +45,26 @@ class Connections:
     Without a lock: an exception may be raised in a thread at any instant, by a signal for one, and a lock that was left
     taken would stop every other. Lists and sets do what is asked of them here in one step.
 
+    :param path: the database, as all of this process write it.
     :param connect: makes a :class:`Connection` that any thread may use.
     :param patience: how many seconds a fork waits for connections to be given back.
     """
 
-    def __init__(self, connect: Callable[[], Connection], *, patience: float) -> None:
+    def __init__(self, path: str, connect: Callable[[], Connection], *, patience: float) -> None:
+        self._path = path
         self._connect = connect
         self._patience = patience
         self._idle: list[Connection] = []
         # Weak: one that was lost to an exception is in use no more.
         self._in_use: weakref.WeakSet[Connection | _Turn] = weakref.WeakSet()
         self._pausing = False
-        self._refused: str | None = None
+        self._refused = _FORKED if path in _inherited_paths else None
         pause_at_fork(self)
 
-    def borrow(self) -> Connection:
-        """
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No fork happens in this block, and it waits for one that does.
+
         :raises StoreError: the pool is closed.
         """
         turn = _Turn()
@@ -67,14 +76,21 @@ class Connections:
                 self._in_use.add(turn)
             if self._refused is not None:
                 raise StoreError(self._refused)
+            yield
+        finally:
+            self._in_use.discard(turn)
+
+    def borrow(self) -> Connection:
+        """
+        :raises StoreError: the pool is closed.
+        """
+        with self.turn():
             try:
                 connection = self._idle.pop()
             except IndexError:
                 connection = self._connect()
             self._in_use.add(connection)
             return connection
-        finally:
-            self._in_use.discard(turn)
 
     def give_back(self, connection: Connection) -> None:
         if self._refused is not None or len(self._idle) >= _MOST_IDLE:
@@ -107,11 +123,9 @@ class Connections:
         self._pausing = False
         if self._in_use or self._idle:
             _inherited.extend([*(each for each in self._in_use if isinstance(each, Connection)), *self._idle])
+            _inherited_paths.add(self._path)
             self._in_use, self._idle = weakref.WeakSet(), []
-            self._refused = (
-                "this process was forked while its parent was using the SQLite database, which must not be used here "
-                "any more; start the process by spawning, or fork when the store is idle"
-            )
+            self._refused = _FORKED
 
     def _close_idle(self) -> None:
         while self._idle:

@@ -49,11 +49,12 @@ class Codec:
         except (ValueError, TypeError, OverflowError) as error:
             raise StoreError(f"the session of {printable(key)} cannot be stored: {error}") from error
 
-    def decode(self, key: str, data: bytes) -> Session:
-        """The session in a record.
+    def decode(self, key: str, data: bytes | str) -> Session:
+        """The session in a record, which is text if it was written by hand.
 
         :raises StoreError: no encryption key opens it, it is damaged, another key's, or of a later release.
         """
+        data = data.encode("utf-8", "replace") if isinstance(data, str) else data
         kept = self._decoded.get(key)
         if kept is not None and kept[0] == data:
             return kept[1]

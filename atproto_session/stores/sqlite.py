@@ -66,7 +66,8 @@ class SQLiteStore:
         if os.fspath(path) in ("", ":memory:"):
             raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
         self._codec = Codec(encryption_keys)
-        self._database = _Database(Path(path).absolute(), busy_timeout)
+        # Whoever opens the file through a link has to find the same locks, and the same log, beside it.
+        self._database = _Database(Path(path).resolve(), busy_timeout)
         self.locks = self._database.locks
         self.logins = SQLiteLogins(self._database, self._codec)
 
@@ -154,17 +155,19 @@ class _Database:
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self.path = str(path)
         self.locks = FileLocks(f"{path}.locks")
+        connect = partial(_connect, path.as_uri(), busy_timeout)
+        self._connections = Connections(self.path, connect, patience=busy_timeout + 5)
         try:
             make_private(path.parent)
             # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
-            with FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=busy_timeout):
+            schema = FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=busy_timeout)
+            with schema, self._connections.turn():
                 _create(path)
             self._identity = _identity_of(self.path)
         except LockTimeoutError as error:
             raise StoreError(f"{self.path} is being opened by other processes all the time", retryable=True) from error
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
-        self._connections = Connections(partial(_connect, path.as_uri(), busy_timeout), patience=busy_timeout + 5)
         self.close = weakref.finalize(self, self._connections.close)
 
     def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
