@@ -212,10 +212,15 @@ _all_flights: weakref.WeakSet[Flights[Any]] = weakref.WeakSet()
 
 @atexit.register
 def _land_all() -> None:
-    """At the end of the interpreter, which waits for threads a last time before this. A daemon thread goes on until
-    after it, and may have begun a flight since."""
-    flights = [flight for each in list(_all_flights) for flight in each.close("the program is ending")]
-    for flight in flights:
-        flight.abandon()
-    for flight in flights:
-        flight.wait(float("inf"), None)
+    """At the end of the interpreter, which waits for threads before this: once, and only until another signal comes. A
+    daemon thread goes on until after this, and may have begun a flight since."""
+    while True:
+        try:
+            flights = [flight for each in list(_all_flights) for flight in each.close("the program is ending")]
+            for flight in flights:
+                flight.abandon()
+            for flight in flights:
+                flight.wait(float("inf"), None)
+        except BaseException:  # noqa: BLE001, S112 - a signal, which has ended all that it can
+            continue
+        return

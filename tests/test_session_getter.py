@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -1119,3 +1120,277 @@ def test_an_attempt_is_not_taken_back_from_another() -> None:
     with pytest.raises(TransportError):
         rig.get()
     assert rig.stored == newer
+
+
+# Stores and locks of the application's own
+
+
+class PlainStore:
+    """The least that a store can be."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, Session] = {}
+
+    def get(self, key: str) -> Session | None:
+        return self.sessions.get(key)
+
+    def set(self, key: str, session: Session) -> None:
+        self.sessions[key] = session
+
+    def delete(self, key: str) -> None:
+        self.sessions.pop(key, None)
+
+
+class OwnFullStore:
+    """One with everything that a store may have, and with errors of its own."""
+
+    def __init__(self, session: Session) -> None:
+        self._sessions = FailingStore()
+        self._sessions.set(DID, session)
+        self.failures = self._sessions.failures
+        self.locks, self.logins = self._sessions.locks, self._sessions.logins
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._sessions, method)(*arguments)
+        except StoreError as error:
+            raise ConnectionError("the server has gone") from error
+
+    def get(self, key: str) -> Session | None:
+        return self._call("get", key)  # type: ignore[no-any-return]
+
+    def set(self, key: str, session: Session) -> None:
+        self._call("set", key, session)
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        return self._call("replace", key, session, expected)  # type: ignore[no-any-return]
+
+    def delete(self, key: str) -> None:
+        self._call("delete", key)
+
+    def clear(self) -> None:
+        self._call("clear")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sessions)
+
+    def close(self) -> None:
+        self._call("close")
+
+
+@pytest.mark.parametrize("store", [PlainStore, dict])
+def test_two_getters_over_one_plain_store_refresh_once(store: Callable[[], Any]) -> None:
+    shared, gate = store(), Gate()
+    first, second = Rig(None, shared), Rig(None, shared)
+    first.getter.set_stored(DID, expired_session())
+    first.authority.on_send = gate
+    refresh = Worker(first.get)
+    gate.wait_until_reached()
+    other = Worker(second.get)
+    flight_of(second.getter)
+    gate.open()
+    assert refresh.outcome() == other.outcome()
+    assert (first.authority.sends, second.authority.sends) == (1, 0)
+
+
+def test_whatever_a_store_of_ones_own_raises_the_answer_is_kept() -> None:
+    store = OwnFullStore(expired_session())
+    rig = Rig(None, store)
+    rig.authority.on_send = lambda session: store.failures.update(replace=2)
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.getter.get_stored(DID) == rig.get()
+    store.failures["set"] = 1
+    with pytest.raises(StoreError, match="OwnFullStore cannot be written: ConnectionError"):
+        rig.getter.set_stored(DID, make_session(7))
+    assert rig.authority.revoked == ["refresh-7"]
+
+
+def test_a_store_that_loses_the_attempt_spends_nothing() -> None:
+    class Forgetful(PlainStore):
+        def set(self, key: str, session: Session) -> None:
+            super().set(key, Session(session.dpop_key, session.auth_method, session.token_set))
+
+    rig = Rig(None, Forgetful())
+    rig.getter.set_stored(DID, expired_session())
+    with pytest.raises(StoreError, match="did not keep what was recorded"):
+        rig.get()
+    assert rig.authority.sends == 0
+
+
+def test_a_store_that_takes_too_long_for_the_attempt_spends_nothing() -> None:
+    # Under locks that do not keep other processes out, what the attempt says about its end is all they have.
+    clock, store = [1e9], MeddledStore()
+    session = make_session(lifetime=None)
+    rig = Rig(session, store, freshness=Freshness(clock=lambda: clock[0]), locks=ThreadLocks())
+    store.meddle = lambda session: clock.append(clock.pop() + session_getter._STORE_WITHIN + 1)
+    with pytest.raises(StoreError, match="too long") as caught:
+        rig.get(True)
+    assert caught.value.retryable
+    assert rig.stored == session, "the attempt is taken back"
+    assert rig.get(True).token_set.access_token == "access-2"
+
+
+def test_a_store_that_fails_at_the_last_look_keeps_no_attempt() -> None:
+    store = MeddledStore()
+    session = expired_session()
+    rig = Rig(session, store, on_interrupted="fail")
+    store.meddle = lambda session: fail_once(store)
+    with pytest.raises(StoreError, match="once"):
+        rig.get()
+    assert rig.stored == session
+    assert rig.get().token_set.access_token == "access-2", "nothing was sent, so no answer was lost"
+
+
+def fail_once(store: Any) -> None:
+    def get(key: str) -> Session | None:
+        del store.get
+        raise StoreError("once")
+
+    store.get = get
+
+
+def test_a_lease_is_prolonged_as_long_as_the_store_takes_no_tokens() -> None:
+    locks, store = LeaseLocks(), FailingStore()
+    rig = Rig(expired_session(), store, locks=locks)
+    rig.authority.on_send = lambda session: store.failures.update(replace=3)
+    assert rig.get().token_set.access_token == "access-2"
+    before_the_request, after = locks.extended[:2], locks.extended[2:]
+    assert len(after) == 3
+    assert set(after) == set(before_the_request)
+
+
+class RemoteLocks:
+    """Locks on a server that has gone."""
+
+    kind = LockKind.LEASE
+
+    def hold(self, name: str, **options: object) -> Any:
+        raise ConnectionError("the server has gone")
+
+
+def test_without_its_locks_a_log_in_is_stored_and_a_log_out_final(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(expired_session(), locks=RemoteLocks())
+    rig.getter.set_stored(DID, make_session(7))
+    assert rig.getter.get_stored(DID) is not None
+    rig.getter.delete_stored(DID)
+    assert rig.getter.get_stored(DID) is None
+    assert caplog.text.count("changes without its lock") == 2
+
+
+def test_a_log_in_that_is_called_away_while_it_waits_is_stored() -> None:
+    rig = Rig(expired_session())
+    with rig.store.locks.hold(DID, timeout=0):
+        log_in = Worker(lambda: rig.getter.set_stored(DID, make_session(7)))
+        wait_until(lambda: rig.getter._flights._all)
+        (flight,) = rig.getter._flights._all
+        wait_until(lambda: flight._committed)
+        flight.abandon()  # as when something is raised in its caller
+    log_in.outcome()
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-7"
+
+
+def test_locks_that_count_themselves_are_used_while_there_are_none() -> None:
+    class CountedLocks(ThreadLocks):
+        def __len__(self) -> int:
+            return 0
+
+    locks = CountedLocks()
+    assert Rig(locks=locks).getter._locks is locks
+
+
+def test_a_log_out_from_an_unreadable_record_is_told() -> None:
+    store = FailingStore()
+    rig = Rig(make_session(), store)
+    store.failures["get"] = 1
+    rig.getter.delete_stored(DID)
+    assert rig.stored is None
+    assert [type(event) for event in rig.events] == [SessionDeletedEvent]
+
+
+# Without a refresh token
+
+
+def test_a_session_without_a_refresh_token_is_kept_as_long_as_it_can_be_used() -> None:
+    session = make_session()
+    session = replace(session, token_set=replace(session.token_set, refresh_token=None))
+    rig = Rig(session)
+    assert rig.get() == session
+    with pytest.raises(TokenRefreshError, match="can be used, but not refreshed"):
+        rig.get(True)
+    assert rig.stored == session
+    with pytest.raises(TokenRefreshError, match="without a refresh token"):
+        rig.get(rejected="access-1")
+    assert rig.stored is None, "its server has refused it"
+
+
+# Tokens that were asked for by others
+
+
+def test_the_token_that_a_caller_has_had_refused_is_no_answer_to_it() -> None:
+    rig, gate = Rig(expired_session()), Gate()
+    hold = rig.getter._locks.hold
+
+    @contextmanager
+    def slow_to_release(name: str, **options: Any) -> Iterator[Any]:
+        with hold(name, **options) as lock:
+            yield lock
+            gate()  # the new tokens are stored, and the flight is still there to be joined
+
+    rig.getter._locks.hold = slow_to_release  # type: ignore[method-assign]
+    first = Worker(rig.get)
+    gate.wait_until_reached()
+    rejected = Worker(lambda: rig.get(rejected="access-2"))
+    anew = Worker(lambda: rig.get(True))
+    flight = flight_of(rig.getter)
+    wait_until(lambda: len(flight._waiters) == 3)
+    gate.open()
+    assert first.outcome().token_set.access_token == "access-2"  # type: ignore[attr-defined]
+    answers = {rejected.outcome().token_set.access_token, anew.outcome().token_set.access_token}  # type: ignore[attr-defined]
+    assert answers == {"access-3"}, "one refresh for both"
+    assert rig.authority.sends == 2
+
+
+@pytest.mark.parametrize("token", ["access-2\n", "access-2\udc80", "accéss-2"])
+def test_tokens_that_no_header_can_carry_are_given_back(token: str) -> None:
+    rig = Rig(expired_session())
+    rig.authority.on_send = lambda session: replace(session, token_set=make_tokens(2, access_token=token))
+    with pytest.raises(TokenRefreshError, match="no header can carry") as caught:
+        rig.get()
+    assert token not in str(caught.value)
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-2"]
+
+
+# The end
+
+
+def test_nothing_is_begun_after_the_end() -> None:
+    rig, gate = Rig(expired_session()), Gate()
+    rig.authority.on_send = gate
+    refresh = Worker(rig.get)
+    gate.wait_until_reached()
+    closing = Worker(rig.getter.close)
+    wait_until(lambda: rig.getter._flights._closed)
+    with pytest.raises(SessionError, match="it is closed"):
+        rig.getter.delete_stored(DID)
+    with pytest.raises(SessionError, match="it is closed"):
+        rig.getter.set_stored(DID, make_session(7))
+    gate.open()
+    closing.outcome()
+    assert refresh.outcome() == rig.stored
+    with pytest.raises(SessionError, match="it is closed"):
+        rig.get(True)
+    assert rig.get() == rig.stored, "what is fresh needs nothing to be begun"
+    assert rig.authority.sends == 1
+
+
+def test_a_log_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise OSError("the disk of the log is full")
+
+    logger = logging.getLogger("atproto_session")
+    monkeypatch.setattr(logger, "filters", [fail])
+    rig = Rig(expired_session())
+    rig.getter.on_updated(lambda event: fail(None))  # type: ignore[arg-type]
+    assert rig.get().token_set.access_token == "access-2"

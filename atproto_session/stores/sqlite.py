@@ -169,6 +169,7 @@ class _Database:
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
         self.close = weakref.finalize(self, self._connections.close)
+        self.close.atexit = False  # not before what is under way at the end of the program is stored
 
     def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
         return self._use(lambda connection: connection.execute(sql, parameters).fetchall())
