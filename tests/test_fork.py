@@ -24,7 +24,7 @@ from atproto_session import fork
 from atproto_session.errors import LockTimeoutError, StoreError
 from atproto_session.locks import FileLocks, Locks, ThreadLocks
 from atproto_session.session import Session
-from atproto_session.stores import FullStore, JSONStore, MemoryStore, SQLiteStore, connections, open_store
+from atproto_session.stores import FullStore, JSONStore, MemoryStore, SQLiteStore, connections, open_store, sqlite
 from atproto_session.testing.contracts import DID, make_session
 
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
@@ -291,6 +291,8 @@ def test_a_child_forked_in_the_middle_of_a_statement_refuses_the_database(tmp_pa
         def use() -> str:
             with pytest.raises(StoreError, match="forked while its parent was using the SQLite database") as caught:
                 store.get(DID)
+            with pytest.raises(StoreError, match="forked while its parent was using the SQLite database"):
+                SQLiteStore(tmp_path / "sessions.db")  # no more than the one that was inherited
             return str(caught.value)
 
         in_child(use)
@@ -313,7 +315,43 @@ def test_connections_that_no_fork_has_announced_are_kept_and_never_used(tmp_path
         assert connection.execute("SELECT count(*) FROM sessions").fetchone() == (1,)
     finally:
         connections._inherited.remove(connection)
+        connections._inherited_paths.remove(store._database.path)
         connection.close()
+
+
+def test_a_fork_waits_for_a_database_that_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, pausing = sqlite._create, threading.Event()
+    pause = connections.Connections.pause_for_fork
+
+    def noticed(pool: connections.Connections) -> None:
+        pausing.set()
+        pause(pool)
+
+    def open_slowly(ready: threading.Event, go_on: threading.Event) -> SQLiteStore:
+        def slow(path: Path) -> None:
+            ready.set()
+            assert go_on.wait(SOON)
+            create(path)
+
+        monkeypatch.setattr(sqlite, "_create", slow)
+        return SQLiteStore(tmp_path / "sessions.db")
+
+    def let_go_on(go_on: threading.Event) -> None:
+        assert pausing.wait(SOON)
+        assert not (tmp_path / "sessions.db").exists()
+        go_on.set()
+
+    def use() -> bool:
+        with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+            store.set(DID, make_session())
+            return store.get(DID) == make_session()
+
+    monkeypatch.setattr(connections.Connections, "pause_for_fork", noticed)
+    with another_thread(open_slowly) as go_on:
+        threading.Thread(target=let_go_on, args=(go_on,)).start()
+        assert in_child(use)
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        assert store.get(DID) == make_session()
 
 
 def test_nobody_gets_a_connection_while_a_fork_happens(tmp_path: Path) -> None:

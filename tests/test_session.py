@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -123,6 +125,25 @@ def test_without_a_time_of_expiry_nothing_is_ever_stale() -> None:
     assert not Freshness().is_expired(tokens)
 
 
+def test_the_key_of_a_session_cannot_be_changed() -> None:
+    changes: list[Callable[[Any], object]] = [
+        lambda key: key.pop("d"),
+        lambda key: key.update(d=""),
+        lambda key: key.__setitem__("d", ""),
+        lambda key: key.__delitem__("d"),
+    ]
+    for change in changes:
+        with pytest.raises(TypeError, match="cannot be changed") as caught:
+            change(SESSION.dpop_key)
+        assert SESSION.dpop_key["d"] not in str(caught.value)
+    for copied in (pickle.loads(pickle.dumps(SESSION)), copy.deepcopy(SESSION), replace(SESSION)):
+        assert copied == SESSION
+    mine = {"kty": "EC", "d": "secret"}
+    session = replace(SESSION, dpop_key=mine)
+    mine.clear()
+    assert session.dpop_key == {"kty": "EC", "d": "secret"}, "it is a copy"
+
+
 def test_the_account_in_a_key() -> None:
     assert subject_of(DID) == DID
     assert subject_of(f"{DID}#work#1") == DID
@@ -136,6 +157,9 @@ def test_the_account_in_a_key() -> None:
         ({"sub": "did:plc:other"}, "another account"),
         ({"scope": "atproto:x notatproto"}, "without the scope atproto"),
         ({"token_type": "Bearer"}, "not bound to its key"),
+        ({"access_token": "a\nb"}, "no header can carry"),
+        ({"refresh_token": "a\udc80"}, "no header can carry"),
+        ({"refresh_token": None}, None),
     ],
 )
 def test_what_is_wrong_with_issued_tokens(changes: dict[str, Any], fault: str | None) -> None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -137,6 +138,36 @@ def test_a_full_store_is_left_as_it_is(tmp_path: Path) -> None:
     for store in (MemoryStore[Session](), JSONStore(tmp_path), completed := complete(OwnStore())):
         assert complete(store) is store
     assert completed.locks.kind is LockKind.PROCESS
+
+
+@pytest.mark.parametrize("make", [OwnStore, dict])
+def test_what_is_filled_in_is_the_same_for_everybody(make: Callable[[], Any]) -> None:
+    store, other = make(), make()
+    first, second = complete(store), complete(store)
+    assert first.locks is second.locks
+    assert first.logins is second.logins
+    assert complete(other).locks is not first.locks
+    locks = weakref.ref(first.locks)
+    del first, second
+    gc.collect()
+    assert locks() is None, "and is kept for nobody"
+
+
+def test_a_full_store_of_ones_own_fails_like_any_other() -> None:
+    class Remote(OwnStoreWithKeys):
+        locks, logins = ThreadLocks(), object()
+
+        def get(self, key: str) -> Session | None:
+            raise ConnectionError(DID)
+
+        def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+            raise TimeoutError
+
+    store = complete(Remote())
+    with pytest.raises(StoreError, match="Remote cannot be read: ConnectionError"):
+        store.get(DID)
+    with pytest.raises(StoreError, match="Remote cannot be written: TimeoutError"):
+        store.replace(DID, None, None)
 
 
 def test_what_is_neither_store_nor_mapping_is_refused() -> None:
@@ -389,6 +420,14 @@ def test_rotation_goes_on_and_names_what_it_could_not_read(opened: Callable[...,
     with pytest.raises(StoreError):
         opened().get(DID)
     assert opened(NEW_KEY).get(DID) == make_session("1")
+
+
+def test_rotation_waits_for_the_locks_of_the_clients(opened: Callable[..., FullStore]) -> None:
+    opened().set(DID, make_session("1"))
+    locks = ThreadLocks()
+    with locks.hold(DID, timeout=0), pytest.raises(StoreError, match="0 sessions"):
+        rotate_encryption(opened(KEY), locks=locks, timeout=0)
+    assert rotate_encryption(opened(KEY), locks=locks, timeout=0) == 1
 
 
 def test_rotation_waits_for_a_refresh_under_way(opened: Callable[..., FullStore]) -> None:
@@ -893,3 +932,28 @@ def test_expired_logins_are_removed_from_the_database(tmp_path: Path) -> None:
         store.logins.put("old", {}, EARLIER)
         store.logins.put("new", {}, LATER)
         assert store._database.read("SELECT state FROM logins", ()) == [("new",)]
+
+
+def test_an_sqlite_database_behind_a_link_has_the_same_locks(tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "sessions.db").symlink_to(tmp_path / "sessions.db")
+    with (
+        closing(SQLiteStore(tmp_path / "sessions.db")) as store,
+        closing(SQLiteStore(tmp_path / "release" / "sessions.db")) as linked,
+    ):
+        store.set(DID, make_session())
+        assert linked.get(DID) == make_session()
+        with store.locks.hold(DID, timeout=0), pytest.raises(LockTimeoutError):
+            linked.locks.hold(DID, timeout=0).__enter__()
+
+
+def test_a_record_that_was_written_by_hand_into_sqlite_is_read(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        store.set(DID, make_session())
+        with closing(sqlite3.connect(tmp_path / "sessions.db")) as connection, connection:
+            connection.execute("UPDATE sessions SET document = CAST(document AS TEXT)")
+        assert store.get(DID) == make_session()
+        with closing(sqlite3.connect(tmp_path / "sessions.db")) as connection, connection:
+            connection.execute("UPDATE sessions SET document = 'not a record'")
+        with pytest.raises(StoreError, match="damaged"):
+            store.get(DID)
