@@ -109,7 +109,7 @@ class AuthMethodUnsatisfiableError(SessionError):
 class OAuthResponseError(SessionError):
     """An OAuth server answered with an error (RFC 6749 section 5.2) or with something that is not OAuth.
 
-    :ivar status: the HTTP status.
+    :ivar status: the HTTP status; 0 where that is not known, as in a copy made from the message alone.
     :ivar error: the OAuth error code, or ``None`` when the answer carried none.
     :ivar error_description: the server's own words, cut short, or ``None``.
     """
@@ -118,7 +118,7 @@ class OAuthResponseError(SessionError):
         self,
         message: str,
         *,
-        status: int,
+        status: int = 0,
         error: str | None = None,
         error_description: str | None = None,
         retryable: bool | None = None,

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Protocol
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class ForkAware(Protocol):
@@ -49,7 +52,7 @@ def pause_at_fork(state: ForkPaused) -> None:
 def _pause_all() -> None:
     # One fork at a time: two threads that fork at once would else wait for what the other has paused.
     _forking.acquire()
-    _waiting[:] = list(_paused)
+    _waiting[:] = _members(_paused)
     for state in _waiting:
         state.pause_for_fork()
 
@@ -67,8 +70,14 @@ def _reset_all() -> None:
     global _forking  # noqa: PLW0603 - the child's own, whoever held the parent's
     _forking = threading.RLock()
     _waiting.clear()
-    for state in list(_aware):
+    for state in _members(_aware):
         state.reset_after_fork()
+
+
+def _members(states: weakref.WeakSet[T]) -> list[T]:
+    while True:
+        with suppress(RuntimeError):  # another thread has just added one
+            return list(states)
 
 
 if hasattr(os, "register_at_fork"):

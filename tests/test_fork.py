@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -441,6 +442,20 @@ def test_a_pause_that_fails_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_child(lambda: True)
     assert in_child(lambda: True)
     assert events == ["pause it", "resume it"] * 2
+
+
+def test_a_register_that_grows_while_it_is_read_is_read_again() -> None:
+    class Growing(weakref.WeakSet[Any]):
+        reads = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.reads += 1
+            if self.reads == 1:
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    recorder = Recorder([], "it")
+    assert fork._members(Growing([recorder])) == [recorder]
 
 
 def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
