@@ -295,7 +295,8 @@ class OAuthClient:
         self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
 
     def close(self) -> None:
-        """Wait for refreshes under way and close the connections; and the store, if it was given as a URL."""
+        """Wait for refreshes under way and close the connections; and the store, if it was given as a URL. What would
+        need a refresh afterwards raises :class:`.SessionError`."""
         self.sessions.close()
         self._pool.close()
         if self._owns_store:
