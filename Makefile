@@ -36,8 +36,10 @@ lint: $(VENV)/.made  ## mypy --strict and ruff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-soak: $(VENV)/.made  ## faults and kills at random for a while, over many accounts
-	$(BIN)/python -m tests.soak
+SECONDS ?= 60
+STORE   ?= sqlite
+soak: $(VENV)/.made  ## faults and kills at random, over many accounts: SECONDS=600 STORE=json
+	$(BIN)/python -m tests.soak --seconds $(SECONDS) --store $(STORE)
 
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz

@@ -81,17 +81,30 @@ class Totals:
 
     :ivar counts: how often what was done in the workers ended how.
     :ivar lost: sessions that came to an end without their owner having logged out, by reason.
+    :ivar suspect: accounts whose sessions came to an end for no reason that is known yet.
+    :ivar refused: accounts of which a worker had a new token refused: one that stood still for so long that the token
+        was not new any more to whoever makes the mischief.
     :ivar broken: what must not happen and did.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    suspect: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
     refreshes: int = 0
     kills: int = 0
     log_ins: int = 0
     log_outs: int = 0
+
+    def conclude(self) -> None:
+        """When everything is known: what ended for no reason."""
+        for did in self.suspect:
+            reason = "its new token was refused" if did in self.refused else "our own fault"
+            self.lost[reason] += 1
+            if reason == "our own fault":
+                self.broken.append(f"{did}: its session was lost, though nothing had happened to it")
 
     def __str__(self) -> str:
         def listed(counts: Counter[str]) -> str:
@@ -169,13 +182,13 @@ class Owner:
 
     def _lost(self, did: str) -> None:
         self._keys[did] = None
-        if did in self.ended_at_the_server:
-            reason = "ended at the server"
+        reason: str | None = "ended at the server"
+        if did not in self.ended_at_the_server:
+            reason = self._watch.why_it_ended(did, self._since[did])
+        if reason is None:
+            self._totals.suspect.append(did)
         else:
-            reason = self._watch.why_it_ended(did, self._since[did]) or "our own fault"
-        self._totals.lost[reason] += 1
-        if reason == "our own fault":
-            self._totals.broken.append(f"{did}: its session was lost, though nothing had happened to it")
+            self._totals.lost[reason] += 1
 
 
 class Workers:
@@ -217,7 +230,7 @@ class Workers:
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()
         try:
-            ended_well = self._nursery.wait(60) == 0
+            ended_well = self._nursery.wait(120) == 0
         except subprocess.TimeoutExpired:
             ended_well = False
             self._nursery.kill()
@@ -240,6 +253,7 @@ class Workers:
                 else:
                     self._totals.counts.update(message["counts"])
                     self._totals.broken.extend(message["broken"])
+                    self._totals.refused.update(message["refused"])
 
 
 def soak(options: Options) -> Totals:
@@ -274,6 +288,7 @@ def soak(options: Options) -> Totals:
             for account in accounts:
                 _take_stock(client, account, owner, totals)
         totals.refreshes = network.rotations
+    totals.conclude()
     return totals
 
 
@@ -339,7 +354,7 @@ def _take_stock(client: OAuthClient, account: Account, owner: Owner, totals: Tot
     """When all is quiet: the lock is free, the record in order, and the session good, or lost for a reason."""
     for patience in (True, True, False):
         try:
-            client.sessions.get_session(account.did, True, timeout=ANSWER_WITHIN)
+            client.sessions.get_session(account.did, True, timeout=60.0)
         except SessionError as error:
             if patience and error.retry_after is not None:
                 time.sleep(error.retry_after)  # the server has asked for that

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--calls", type=int, default=1, help="of each worker, one after the other")
     parser.add_argument("--lease", action="store_true", help="under a lock that ends with its time")
-    parser.add_argument("--forgetful", action="store_true", help="under a lease that once ends early")
+    parser.add_argument("--forgetful", action="store_true", help="the lease ends early, or the lock is broken, once")
     parser.add_argument("--owner", nargs="*", choices=("log_out", "log_in"), default=("log_out", "log_in"))
     parser.add_argument("--without", nargs="*", default=(), help="mechanisms to take out; see tests/model/protocol.py")
     parser.add_argument("--most", type=int, help="give up after so many states")
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     protocol = Protocol(
         workers=chosen.workers,
         calls=chosen.calls,
-        lease=chosen.lease or chosen.forgetful,
+        lease=chosen.lease,
         forgetful=chosen.forgetful,
         owner=tuple(chosen.owner),
         without=frozenset(chosen.without),

@@ -183,8 +183,6 @@ class Protocol:
         claimed = self.replace(self._blur(s, me), a.session._replace(attempt=attempt), a.session)
         if claimed is None:
             yield "cannot write its attempt", _end(s, me, a)
-        elif "last look" in self.without:
-            yield "writes its attempt", _put(claimed, me, a, at="send")
         else:
             first = "extend_early" if "extending last" in self.without else "last_look"
             yield "writes its attempt", _put(claimed, me, a, at=first)
@@ -213,7 +211,7 @@ class Protocol:
     @property
     def covered(self) -> bool:
         """Whether the lease is extended as the last thing before the request."""
-        return not {"last look", "extending last", "attempt", "lock"} & self.without
+        return not {"last look at the lock", "extending last", "attempt", "lock"} & self.without
 
     def wait(self, s: State, me: int, a: Actor) -> Steps:
         """``SessionGetter._spend``: the server answers, cannot look at the request (429, no connection), or is

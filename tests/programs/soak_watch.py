@@ -99,7 +99,7 @@ class Watch:
         if use.took > SLOW or (use.end == "" and at - use.began > SLOW):
             return "an answer came late"
         killed = self.killed.get(use.pid)
-        if killed is not None and killed < at and killed - use.began < use.took + SLOW:
+        if killed is not None and killed < at and killed - use.began < use.took + ANSWER_WITHIN:
             return "a process was killed"
         return None
 
