@@ -786,6 +786,21 @@ def test_the_last_look_sees_a_newer_session_and_a_log_out() -> None:
     assert rig.authority.sends == 0
 
 
+def test_an_attempt_of_another_worker_is_not_taken_back() -> None:
+    # Whoever lost its lease in flight finds the attempt of its successor beside the same tokens.
+    rig = Rig(expired_session(), locks=LeaseLocks())
+    others = expired_session(attempt=attempt_in_flight())
+
+    def on_send(session: Session) -> None:
+        rig.store.set(DID, others)
+        raise OAuthResponseError("later", status=429, retry_after=5.0)
+
+    rig.authority.on_send = on_send
+    with pytest.raises(OAuthResponseError, match="later"):
+        rig.get()
+    assert rig.stored == others
+
+
 def test_a_lease_that_was_lost_spends_nothing() -> None:
     locks, store = LeaseLocks(), MeddledStore()
     session = expired_session()

@@ -27,6 +27,7 @@ class Disk:
 
     def __init__(self, client: OAuthClient) -> None:
         self.failures = threading.Semaphore(0)
+        self.emptied = threading.Event()
         self._client = client
         self._size = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         self._refresh: Worker | None = None
@@ -36,6 +37,7 @@ class Disk:
 
     def empty(self) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self._size, self._size))
+        self.emptied.set()
 
     def wait_for_failure(self) -> None:
         """Until a write has failed."""
@@ -73,6 +75,8 @@ def main() -> None:
                 return replace(key, session, expected)
             except StoreError:
                 disk.failures.release()
+                if setup["patient"]:
+                    assert disk.emptied.wait(SOON)
                 raise
 
         store.replace = noted  # type: ignore[method-assign]
