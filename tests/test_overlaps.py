@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -45,6 +46,21 @@ def clean_up() -> Iterator[ExitStack]:
         yield stack
 
 
+#: How often what overlapped with a refresh. Bound to be a hundred of each kind.
+OVERLAPS: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _enough(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    options = request.config.option
+    if not (
+        options.keyword or any("::" in argument for argument in request.config.args) or request.session.testsfailed
+    ):
+        assert min(OVERLAPS.values()) >= 100, OVERLAPS
+        assert len(OVERLAPS) == 9, OVERLAPS
+
+
 Scenes = Callable[..., Iterator[Scene]]
 
 
@@ -77,6 +93,7 @@ waiting_or_not = pytest.mark.parametrize("hasty", [False, True], ids=["waiting",
 @waiting_or_not
 def test_a_log_out_is_final(scenes: Scenes, instant: str, hasty: bool) -> None:
     for scene in scenes(2, hasty=hasty):
+        OVERLAPS["log-out"] += 1
         first = scene.log_in()
         refresh = scene.overlap(instant, partial(scene.other.revoke, scene.did), waits_at=None if hasty else "lock")
         if hasty:
@@ -94,6 +111,7 @@ def test_a_log_out_is_final(scenes: Scenes, instant: str, hasty: bool) -> None:
 @waiting_or_not
 def test_a_log_in_is_not_replaced(scenes: Scenes, instant: str, hasty: bool) -> None:
     for scene in scenes(2, hasty=hasty):
+        OVERLAPS["log-in"] += 1
         first = scene.log_in()
         callback = scene.go_to_browser(scene.other)
         refresh = scene.overlap(
@@ -114,6 +132,7 @@ def test_a_log_in_is_not_replaced(scenes: Scenes, instant: str, hasty: bool) -> 
 @at_every_instant
 def test_what_was_cleared_stays_away(scenes: Scenes, instant: str) -> None:
     for scene in scenes(3):
+        OVERLAPS["clear"] += 1
         first = scene.log_in()
         refresh = scene.overlap(instant, scene.store.clear)
         with pytest.raises(TokenRevokedError):
@@ -131,6 +150,7 @@ def test_what_was_cleared_stays_away(scenes: Scenes, instant: str) -> None:
 @pytest.mark.parametrize("rejected", [False, True], ids=["refresh", "rejected token"])
 def test_two_that_need_another_token_spend_one(scenes: Scenes, instant: str, rejected: bool) -> None:
     for scene in scenes(3):
+        OVERLAPS["rejected token" if rejected else "refresh"] += 1
         first = scene.logged_in()
         token = first.token_set.access_token if rejected else None
         # Of one client, the second joins the flight of the first and never comes to the lock: it has to have looked.
@@ -178,6 +198,7 @@ def test_a_lost_lock_stops_a_refresh_unspent(scene: Scene, tmp_path: Path, insta
         scene.refresh(scene.other).outcome()
 
     for _ in range(3):
+        OVERLAPS["broken lock"] += 1
         first = scene.logged_in()
         refresh = scene.overlap(instant, usurp)
         renewed = scene.stored
@@ -195,6 +216,7 @@ def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
 ) -> None:
     # The store still takes the attempt, since no token has changed yet: only the lock tells.
     for _ in range(2):
+        OVERLAPS["broken lock"] += 1
         first = scene.logged_in()
         stopped, refresh = scene.stopped_refresh(lost)
         break_lock(tmp_path, how)
@@ -213,6 +235,7 @@ def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
 @pytest.mark.usefixtures("nothing_to_wait_for")
 def test_two_attempts_at_once_stop_each_other_unspent(scene: Scene, tmp_path: Path, how: str) -> None:
     for _ in range(3):
+        OVERLAPS["broken lock"] += 1
         first = scene.logged_in()
         stopped, refresh = scene.stopped_refresh("at the attempt")
         break_lock(tmp_path, how)
@@ -236,6 +259,7 @@ def test_whoever_gets_a_broken_lock_waits_for_the_answer_to_another(
     # The lock is free, and yet says nothing of its holder: it is not the one that was held for the attempt.
     monkeypatch.setattr(session_getter, "_LOOK_AGAIN", 0.01)
     for _ in range(3):
+        OVERLAPS["broken lock"] += 1
         first = scene.logged_in()
         pause, refresh = scene.stopped_refresh(instant)
         break_lock(tmp_path, how)
@@ -258,6 +282,7 @@ def test_a_lock_broken_in_flight_costs_no_newer_session(scene: Scene, tmp_path: 
     # An answer that comes later than it may: the token has been sent again by then, and the server ends the session.
     # What is left to promise: whoever comes last changes nothing that he has not seen.
     for _ in range(3):
+        OVERLAPS["broken lock"] += 1
         first = scene.log_in()
         pause, refresh = scene.stopped_refresh(instant)
         break_lock(tmp_path, how)
@@ -283,6 +308,7 @@ def test_newer_tokens_of_the_same_grant_are_not_revoked(scene: Scene, tmp_path: 
     # The store has taken the tokens and says that it has not; before it is asked again, another worker has refreshed
     # them. To revoke those that are stored no more would end those that are.
     for _ in range(3):
+        OVERLAPS["broken lock"] += 1
         first = scene.logged_in()
         pause = scene.steps.pause("after store", error=StoreError("it was not written, it says"))
         refresh = scene.refresh()
@@ -319,6 +345,7 @@ def test_a_late_refusal_ends_nothing_newer(
 ) -> None:
     scene = Scene(network, url, clean_up, hasty=newer != "refresh")
     for _ in range(18):
+        OVERLAPS["late refusal"] += 1
         scene.logged_in()
         callback = scene.go_to_browser(scene.other) if newer == "log-in" else ""
         pause = refuse_when_released(network)
@@ -355,6 +382,7 @@ def test_two_sessions_of_one_account_leave_each_other_alone(
     scene = Scene(network, url, clean_up, locks=lambda: FileLocks(tmp_path / "apart", stripes=2**48))
     phone = f"{scene.did}#phone"
     for _ in range(4):
+        OVERLAPS["another session of the account"] += 1
         first, second = scene.logged_in(), scene.logged_in("phone")
         callback = scene.go_to_browser(scene.other) if event == "log-in" else ""
         events: dict[str, Callable[[], object]] = {
@@ -384,6 +412,7 @@ def test_two_sessions_of_one_account_leave_each_other_alone(
 @waiting_or_not
 def test_of_a_log_in_and_a_log_out_the_later_counts(scenes: Scenes, begins: str, hasty: bool) -> None:
     for scene in scenes(7, hasty=hasty):
+        OVERLAPS["log-in with log-out or log-in"] += 1
         old = scene.log_in()
         come_back = partial(scene.come_back, scene.one, scene.go_to_browser(scene.one))
         log_out = partial(scene.other.revoke, scene.did)
@@ -405,6 +434,7 @@ def test_of_a_log_in_and_a_log_out_the_later_counts(scenes: Scenes, begins: str,
 @waiting_or_not
 def test_of_two_log_ins_the_later_stays_and_both_work(scenes: Scenes, hasty: bool) -> None:
     for scene in scenes(13, hasty=hasty):
+        OVERLAPS["log-in with log-out or log-in"] += 1
         first = partial(scene.one.callback, scene.go_to_browser(scene.one))
         second = partial(scene.other.callback, scene.go_to_browser(scene.other))
         begun = scene.cross(first, scene.steps, "set", second, scene.other_steps, waits=not hasty)
@@ -439,7 +469,16 @@ def use_rejected(scene: Scene, first: Session, callback: str) -> Session:
     return scene.other.sessions.get_session(scene.did, rejected=first.token_set.access_token, timeout=SOON)
 
 
-@pytest.mark.parametrize("intrude", [log_out, log_in, clear, refresh, use_rejected])
+RANDOM: dict[Callable[[Scene, Session, str], Session | None], str] = {
+    log_out: "log-out",
+    log_in: "log-in",
+    clear: "clear",
+    refresh: "refresh",
+    use_rejected: "rejected token",
+}
+
+
+@pytest.mark.parametrize("intrude", RANDOM)
 @waiting_or_not
 def test_anything_at_random_instants(
     network: LocalNetwork,
@@ -452,6 +491,7 @@ def test_anything_at_random_instants(
     chance = random.Random(f"{intrude.__name__} {hasty}")
     scene = Scene(network, url, clean_up, hasty=hasty)
     for _ in range(10):
+        OVERLAPS[RANDOM[intrude]] += 1
         first = scene.logged_in()
         callback = scene.go_to_browser(scene.other) if intrude is log_in else ""
         # Whoever waits for the lock gets no further than that.
