@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,15 @@ import pytest
 from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
-from .core import SOON
+from .core import SOON, Worker
 from .crew import ROOT
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
 #: How long a process is watched for ending before it may, in seconds. A library that lets it passes no test by luck:
 #: its process needs a few milliseconds to end.
 WATCHED = 0.25
+#: Time between two signals, in seconds: enough for a program to come from where one strikes it to where it waits.
+BETWEEN = 0.05
 
 
 class Scene:
@@ -103,6 +106,19 @@ class Program:
     def strike(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def strike_until_it_says(self, number: signal.Signals, pattern: str) -> None:
+        """Again and again, until a line of its standard error matches."""
+        heard = Worker(lambda: self._hear_error(pattern))
+        while heard.is_alive():
+            self.strike(number)
+            heard.join(BETWEEN)
+        heard.outcome()
+
+    def _hear_error(self, pattern: str) -> None:
+        assert self._process.stderr is not None
+        while not re.match(pattern, line := self._process.stderr.readline()):
+            assert line, "it ended without a word"
+
     def check_that_it_waits(self) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             self._process.wait(WATCHED)
@@ -133,11 +149,14 @@ def quick_network() -> Iterator[LocalNetwork]:
 # The end of the program
 
 
-@pytest.mark.parametrize("action", ["late", "hold"])
-@pytest.mark.parametrize(
+BY_A_SIGNAL = pytest.mark.parametrize(
     ("number", "error", "returned"),
     [(signal.SIGINT, "KeyboardInterrupt", -signal.SIGINT), (signal.SIGTERM, "SystemExit", 128 + signal.SIGTERM)],
 )
+
+
+@pytest.mark.parametrize("action", ["late", "hold"])
+@BY_A_SIGNAL
 def test_a_signal_that_ends_the_program(
     number: signal.Signals, error: str, returned: int, action: str, scene: Scene
 ) -> None:
@@ -146,6 +165,27 @@ def test_a_signal_that_ends_the_program(
         assert fault.fired.wait(SOON)
         program.strike(number)
         assert program.hear() == error, "the caller is gone"
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end()[0] == returned
+    scene.check_that_it_was_refreshed_once()
+
+
+@BY_A_SIGNAL
+def test_signals_while_the_program_waits_for_its_end(
+    number: signal.Signals, error: str, returned: int, scene: Scene
+) -> None:
+    """Control-C, and again since nothing seems to happen. The first signal after the end of the main thread makes the
+    interpreter wait for threads no longer, and say so; from then on nothing but the library waits for the refresh."""
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+        assert fault.fired.wait(SOON)
+        program.strike(number)
+        assert program.hear() == error
+        program.strike_until_it_says(number, r"Exception ignored .*\bthreading\b")
+        for _ in range(3):
+            program.check_that_it_waits()
+            program.strike(number)
         program.check_that_it_waits()
         fault.release.set()
         assert program.end()[0] == returned
@@ -181,6 +221,32 @@ def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
         fault.release.set()
         assert program.end()[0] == returned
     scene.check_that_it_was_refreshed_once()
+
+
+def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene) -> None:
+    """In a daemon thread, which goes on while exit handlers are called: before the library's own it may begin, and is
+    waited for."""
+    fault = scene.network.fault("refresh", "late")
+    with Program(scene, "late_exit", "before") as program:
+        assert fault.fired.wait(SOON)
+        program.say()
+        program.check_that_it_waits()
+        fault.release.set()
+        assert program.end() == (0, "")
+    scene.check_that_it_was_refreshed_once()
+
+
+def test_a_refresh_that_would_begin_when_nobody_waits_for_it_any_more(scene: Scene) -> None:
+    scene.network.fault("refresh", "late")
+    with Program(scene, "late_exit", "after") as program:
+        assert program.hear().endswith("the program is ending")
+        assert program.end() == (0, "")
+    scene.network.clear_faults()
+    assert scene.network.refresh_token_uses == {}
+    with scene.client() as client:
+        stored = client.sessions.get_session(scene.did, False)
+        assert (stored.token_set, stored.attempt) == (scene.before, None)
+        assert client.restore(scene.did, refresh=True).get(GET_SESSION).status_code == 200
 
 
 def test_a_thread_that_dies(scene: Scene) -> None:

@@ -1,0 +1,64 @@
+"""A program in which a daemon thread begins a refresh when the interpreter is ending already.
+
+``python -m tests.programs.late_exit WHEN``, where ``WHEN`` is ``before`` or ``after``: whether the exit handler that
+lets the thread begin is called before the library's own or after it. The first line of its standard input is its setup;
+the handler ends when the thread has come to its end, or at the next line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+#: What is done after everything that is registered further down, since the last to register is the first to be called.
+last: list[Callable[[], None]] = []
+
+
+@atexit.register
+def at_last() -> None:
+    for action in last:
+        action()
+
+
+from atproto_session import ClientMetadata, OAuthClient, SessionError  # noqa: E402
+
+#: Longer than it takes to refuse a refresh, in seconds. Nobody who waits for one that is under way leaves earlier.
+PATIENCE = 10.0
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    client = OAuthClient(ClientMetadata.loopback(), store=setup["store"], **setup["options"])
+    begun = threading.Event()
+    enough = SimpleQueue[None]()
+
+    def work() -> None:
+        begun.wait()
+        try:
+            client.sessions.get_session(setup["did"], True, timeout=PATIENCE)
+        except SessionError as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        enough.put(None)
+
+    def listen() -> None:
+        sys.stdin.readline()
+        enough.put(None)
+
+    def at_exit() -> None:
+        begun.set()
+        enough.get()
+
+    for job in (work, listen):
+        threading.Thread(target=job, daemon=True).start()
+    if sys.argv[1] == "before":
+        atexit.register(at_exit)
+    else:
+        last.append(at_exit)
+
+
+if __name__ == "__main__":
+    main()
