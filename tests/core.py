@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from atproto_session import ClientAuthMethod, Session, TokenSet
+import pytest
+
+from atproto_session import ClientAuthMethod, Session, TokenSet, server
 from atproto_session.cached_getter import SharedGetter
 from atproto_session.flights import Flight
 from atproto_session.keys import generate_jwk
@@ -85,6 +88,15 @@ class FakeAuthority:
 def successor_of(session: Session) -> Session:
     number = int((session.token_set.refresh_token or "-0").rpartition("-")[2]) + 1
     return replace(session, token_set=make_tokens(number))
+
+
+@contextmanager
+def an_answer_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the block, a server has so long to answer a refresh."""
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "ANSWER_WITHIN", seconds)
+        patch.setattr(server.AccountAuthority, "answer_within", seconds)
+        yield
 
 
 class Gate:

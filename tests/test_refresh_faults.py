@@ -36,11 +36,10 @@ from atproto_session import (
     SessionUpdatedEvent,
     TokenRefreshError,
     TransportError,
-    server,
 )
 from atproto_session.testing.network import LocalNetwork, Response
 
-from .core import SOON, Worker, wait_until
+from .core import SOON, Worker, an_answer_within, wait_until
 from .loopback import closed_port
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
@@ -298,14 +297,6 @@ def stage(network: LocalNetwork, store: str) -> Iterator[Stage]:
     stage = Stage(network, store)
     with stage.client:
         yield stage
-
-
-@contextmanager
-def an_answer_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setattr(server, "ANSWER_WITHIN", seconds)
-        patch.setattr(server.AccountAuthority, "answer_within", seconds)
-        yield
 
 
 def forget_metadata(client: OAuthClient, issuer: str) -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -75,6 +75,8 @@ class Action:
     :ivar replacement: sent in place of the server's answer.
     :ivar hold: seconds for which the answer is held back, at most; ends early with its fault's ``release``.
     :ivar until: the event that is to be the fault's ``release``.
+    :ivar change: makes what is sent of the server's answer.
+    :ivar drip: seconds between the bytes of the answer's body; what is left comes at once with the fault's ``release``.
     """
 
     forward: bool
@@ -82,6 +84,8 @@ class Action:
     replacement: Answer | None = None
     hold: float = 0.0
     until: threading.Event | None = None
+    change: Callable[[Answer], Answer] | None = None
+    drip: float = 0.0
 
 
 def cut_before() -> Action:
@@ -116,8 +120,29 @@ def html_after(status: int = 200) -> Action:
     return Action(forward=True, replacement=Answer(status, (("Content-Type", "text/html; charset=utf-8"),), page))
 
 
-def _error(status: int, headers: Mapping[str, str] | None) -> Answer:
-    body = json.dumps({"error": "injected", "error_description": "Injected by the test"}).encode()
+def changed_after(**members: Any) -> Action:
+    """Let the server answer, and replace these members of its JSON; ``None`` takes one out."""
+
+    def change(answer: Answer) -> Answer:
+        changed = json.loads(answer.body) | members
+        changed = {name: value for name, value in changed.items() if value is not None}
+        return Answer(answer.status, answer.headers, json.dumps(changed).encode())
+
+    return Action(forward=True, change=change)
+
+
+def drip_after(seconds: float = 0.05) -> Action:
+    """Let the server answer, and pass the body of the answer on byte by byte, one in ``seconds``."""
+    return Action(forward=True, drip=seconds)
+
+
+def nonce_before() -> Action:
+    """Ask for a nonce; the server never sees the request."""
+    return Action(forward=False, replacement=_error(400, {"DPoP-Nonce": "made-up"}, "use_dpop_nonce"))
+
+
+def _error(status: int, headers: Mapping[str, str] | None, error: str = "injected") -> Answer:
+    body = json.dumps({"error": error, "error_description": "Injected by the test"}).encode()
     return Answer(status, (("Content-Type", "application/json"), *(headers or {}).items()), body)
 
 
@@ -242,6 +267,8 @@ class FaultProxy:
         fault.arrived.set()
         if fault.action.hold:
             fault.release.wait(fault.action.hold)
+        if fault.action.change is not None and answer is not None:
+            answer = fault.action.change(answer)
         return None if fault.action.cut else fault.action.replacement or answer, fault
 
     def _take(self, path: str, *, forward: bool) -> Fault | None:
@@ -299,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):  # the client may have left already
                     self.connection.shutdown(socket.SHUT_RDWR)
             else:
-                self._send(answer)
+                self._send(answer, fault)
         finally:
             if fault is not None:
                 fault.fired.set()
@@ -317,7 +344,7 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return b"".join(chunks)
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, fault: Fault | None) -> None:
         self.send_response_only(answer.status)
         for name, value in answer.headers:
             self.send_header(name, value)
@@ -325,8 +352,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(answer.body)))
         self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
+        if self.command == "HEAD":
+            return
+        sent = 0
+        if fault is not None and fault.action.drip:
+            while sent < len(answer.body) and not fault.release.wait(fault.action.drip):
+                self.wfile.write(answer.body[sent : sent + 1])
+                sent += 1
+        self.wfile.write(answer.body[sent:])
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the tests read the counts."""

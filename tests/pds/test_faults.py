@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from atproto_session import (
     StoreError,
     TokenRefreshError,
     TokenRevokedError,
+    TransportError,
 )
 from atproto_session.server import AuthorizationServer
 from atproto_session.session import TokenSet
 from atproto_session.testing.network import Account
-from tests.core import SOON, Worker
+from tests.core import SOON, Worker, an_answer_within
+from tests.loopback import closed_port
 from tests.network.raw import GET_SESSION, LoggedIn, error_of
 from tests.pds import proxy
 from tests.pds.harness import Browser, RealPDS
@@ -123,6 +125,26 @@ def test_a_server_that_cannot_be_found_costs_nothing(
         refresh(worker, session.did)
         assert spends(real_pds) == [200]
         assert_works(worker, session.did)
+
+
+def test_a_request_that_was_never_sent_costs_nothing(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, store: str
+) -> None:
+    """A token endpoint where nobody listens."""
+    before = stored(client, session.did)
+    with closed_port() as port, another_worker(real_pds, client, store) as worker:
+        elsewhere = proxy.changed_after(token_endpoint=f"http://localhost:{port}{TOKEN}")
+        real_pds.proxy.arm("/.well-known/oauth-authorization-server", elsewhere)
+        with pytest.raises(TransportError) as caught:
+            refresh(worker, session.did)
+    assert caught.value.retryable
+    assert not caught.value.sent
+    assert_kept(client, before, in_doubt=False)
+    assert real_pds.proxy.count(TOKEN) == 0
+
+    refresh(client, session.did)
+    assert spends(real_pds) == [200]
+    assert_works(client, session.did)
 
 
 # The server has not seen it
@@ -223,6 +245,24 @@ def test_a_demand_for_a_nonce_is_no_spend(
         assert_works(worker, session.did)
 
 
+def test_a_demand_for_a_nonce_each_time_spends_nothing(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession
+) -> None:
+    """A second one is not met any more."""
+    before = stored(client, session.did)
+    real_pds.proxy.arm(TOKEN, proxy.nonce_before(), times=2)
+    with pytest.raises(OAuthResponseError) as caught:
+        refresh(client, session.did)
+    assert (caught.value.status, caught.value.error) == (400, "use_dpop_nonce")
+    assert not caught.value.login_required
+    assert_kept(client, before, in_doubt=False)
+    assert spends(real_pds) == [None, None]
+
+    refresh(client, session.did)
+    assert spends(real_pds) == [None, None, 200]
+    assert_works(client, session.did)
+
+
 # The server has spent the token
 
 
@@ -272,10 +312,12 @@ def test_an_answer_that_comes_late_is_stored_nevertheless(
 ) -> None:
     before = stored(client, session.did)
     fault = real_pds.proxy.arm(TOKEN, proxy.late())
-    with pytest.raises(LockTimeoutError) as caught:
-        refresh(client, session.did, timeout=3.0)
-    assert caught.value.retryable
-    assert fault.arrived.is_set()
+    patience = 0.2
+    while not fault.arrived.is_set():
+        with pytest.raises(LockTimeoutError) as caught:
+            refresh(client, session.did, timeout=patience)
+        assert caught.value.retryable
+        patience *= 2
     assert not fault.fired.is_set()
     assert_kept(client, before, in_doubt=True)
 
@@ -284,6 +326,67 @@ def test_an_answer_that_comes_late_is_stored_nevertheless(
     assert not stored(client, session.did).token_set.has_same_tokens(before.token_set)
     assert_works(client, session.did)
     assert spends(real_pds) == [200]
+
+
+@pytest.mark.parametrize("action", [proxy.late(), proxy.drip_after()], ids=["late", "dripping"])
+def test_an_answer_that_does_not_come_within_its_bound_is_lost(
+    real_pds: RealPDS,
+    client: OAuthClient,
+    session: OAuthSession,
+    by_hand: LoggedIn,
+    action: Action,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Released, either would have been an answer."""
+    before = stored(client, session.did)
+    assert_that_it_answers(session)  # which brings a nonce, so that the first request is the one
+    fault = real_pds.proxy.arm(TOKEN, action)
+    with an_answer_within(2.0, monkeypatch), pytest.raises(RefreshInterruptedError) as caught:
+        refresh(client, session.did)
+    assert caught.value.retryable
+    assert fault.arrived.wait(SOON)
+    assert_kept(client, before, in_doubt=True)
+
+    fault.release.set()
+    assert_lost(client, real_pds, by_hand)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"sub": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, {"scope": "transition:generic"}, {"token_type": "Bearer"}],
+    ids=["another account", "no atproto", "not bound"],
+)
+def test_tokens_that_must_not_be_used_are_given_back(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, by_hand: LoggedIn, members: dict[str, str]
+) -> None:
+    real_pds.proxy.arm(TOKEN, proxy.changed_after(**members))
+    with pytest.raises(TokenRefreshError, match="the server issued") as caught:
+        refresh(client, session.did)
+    assert caught.value.login_required
+    assert not caught.value.answer_lost
+    assert client.sessions.get_stored(session.did) is None
+    assert spends(real_pds) == [200]
+    assert real_pds.proxy.count("/oauth/revoke") > 0
+    refused = by_hand.client.refresh(by_hand.tokens.refresh)
+    assert error_of(refused) == ("invalid_grant", "Invalid refresh token")
+
+
+def test_without_a_new_refresh_token_the_old_one_is_kept(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, by_hand: LoggedIn
+) -> None:
+    """Which a server may mean; the next refresh shows that this one does not."""
+    real_pds.proxy.arm(TOKEN, proxy.changed_after(refresh_token=None))
+    renewed = refresh(client, session.did)
+    assert renewed.token_set.refresh_token == by_hand.tokens.refresh
+    assert renewed.token_set.access_token != by_hand.tokens.access
+    assert_works(client, session.did)
+
+    with pytest.raises(TokenRefreshError) as caught:
+        refresh(client, session.did)
+    assert caught.value.login_required
+    assert not caught.value.answer_lost
+    assert client.sessions.get_stored(session.did) is None
+    assert spends(real_pds) == [200, 400]
 
 
 # Meanwhile
@@ -338,11 +441,75 @@ def test_a_log_in_during_a_refresh_is_not_replaced_by_it(
     assert error_of(refused) == ("invalid_grant", "Invalid refresh token")  # the orphan was revoked
 
 
+def test_a_refusal_that_comes_after_a_log_in_does_not_end_it(
+    real_pds: RealPDS,
+    client: OAuthClient,
+    session: OAuthSession,
+    by_hand: LoggedIn,
+    browser: Browser,
+    pds_account: Account,
+    store: str,
+) -> None:
+    did = session.did
+    by_hand.client.refresh(by_hand.tokens.refresh)  # by a thief, say
+    real_pds.proxy.reset()
+    with another_worker(real_pds, client, store, timeout=0.2) as impatient:
+        url = browser.authorize(impatient.authorize(did), pds_account)
+        with refresh_under_way(real_pds, client, did) as work:
+            assert spends(real_pds) == [400]
+            impatient.callback(url)
+            newer = stored(client, did)
+    assert work.outcome() == newer
+    assert stored(client, did) == newer
+    assert_works(client, did)
+
+
+def brings_new_tokens(session: Session | None, expected: TokenSet | None) -> bool:
+    return session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
+
+
+class SlowStarter(SQLiteStore):
+    """Fails to store new tokens the first time, or so it says.
+
+    :ivar failures: how often it has failed.
+    """
+
+    def __init__(self, path: Path, *, stores_nevertheless: bool) -> None:
+        super().__init__(path)
+        self.failures = 0
+        self._stores_nevertheless = stores_nevertheless
+
+    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        has_new_tokens = (
+            session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
+        )
+        if not has_new_tokens or self.failures:
+            return super().replace(key, session, expected)
+        self.failures += 1
+        if self._stores_nevertheless:
+            super().replace(key, session, expected)
+        raise StoreError("the connection was lost")
+
+
+@pytest.mark.parametrize("stores_nevertheless", [False, True])
+def test_a_store_that_fails_once_is_asked_again(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, tmp_path: Path, *, stores_nevertheless: bool
+) -> None:
+    store = SlowStarter(tmp_path / "sessions.db", stores_nevertheless=stores_nevertheless)
+    with closing(store), another_worker(real_pds, client, store) as worker:
+        renewed = refresh(worker, session.did)
+    assert store.failures == 1
+    assert stored(client, session.did) == renewed
+    assert spends(real_pds) == [200]
+    assert real_pds.proxy.count("/oauth/revoke") == 0
+    assert_works(client, session.did)
+
+
 class FullDisk(SQLiteStore):
     """Takes attempts, and nothing with new tokens in it."""
 
     def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
-        if session is not None and expected is not None and not session.token_set.has_same_tokens(expected):
+        if brings_new_tokens(session, expected):
             raise StoreError("the disk is full")
         return super().replace(key, session, expected)
 
