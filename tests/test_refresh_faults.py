@@ -362,6 +362,11 @@ def test_a_request_that_was_never_sent(stage: Stage, caplog: pytest.LogCaptureFi
         check(stage, Case("token", "none listens", NEVER_SENT), act, caplog)
 
 
+def test_a_name_that_does_not_exist(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    with a_token_endpoint_at("https://nowhere.invalid/oauth/token", stage) as act:
+        check(stage, Case("token", "no such name", NEVER_SENT), act, caplog)
+
+
 def test_a_handshake_that_fails(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     url = f"{stage.network.issuer.replace('http:', 'https:')}/oauth/token"
     with a_token_endpoint_at(url, stage) as act:
@@ -399,6 +404,32 @@ def test_retry_after_keeps_every_worker_away_until_then(stage: Stage) -> None:
     assert stage.stored.refresh_not_before is None
 
 
+def test_retry_after_of_a_gateway_that_may_have_cut_off_an_answer(stage: Stage) -> None:
+    """Everybody waits until then, and the doubt outlives the waiting."""
+    headers = {"Retry-After": "120"}
+    fault = stage.network.fault("refresh", "status", status=503, headers=headers, processed=True)
+    with pytest.raises(OAuthResponseError) as caught:
+        stage.refresh()
+    assert (caught.value.status, caught.value.retryable, caught.value.retry_after) == (503, True, 120)
+    left = stage.stored
+    assert left is not None
+    assert left.attempt is not None
+    assert left.token_set == stage.before.token_set
+
+    now = left.refresh_not_before or 0.0
+    with stage.another_worker(freshness=Freshness(clock=lambda: now - 1)) as early:
+        with pytest.raises(OAuthResponseError, match="asked not to be called") as caught:
+            early.restore(stage.did, refresh=True)
+        assert caught.value.retry_after == pytest.approx(1.0)
+    assert (stage.stored, stage.uses, fault.count) == (left, 1, 1)
+    with stage.another_worker(freshness=Freshness(clock=lambda: now + 1)) as later:
+        with pytest.raises(TokenRefreshError) as lost:
+            later.restore(stage.did, refresh=True)
+        assert lost.value.answer_lost
+    assert stage.stored is None
+    assert stage.uses == 2
+
+
 def test_an_answer_that_comes_after_its_caller_has_left(stage: Stage) -> None:
     fault = stage.network.fault("refresh", "late")
     patience = 0.2
@@ -432,28 +463,36 @@ def test_an_answer_that_does_not_come_within_its_bound(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with an_answer_within(0.5, monkeypatch):
-        case = refresh(action, INTERRUPTED, **options)
-        fault = case.happen(stage.network)
-        released: list[bool] = []
+    get_a_nonce(stage)
+    case = refresh(action, INTERRUPTED, **options)
+    fault = case.happen(stage.network)
+    released: list[bool] = []
 
-        def act() -> Session:
-            try:
+    def act() -> Session:
+        try:
+            with an_answer_within(2.0, monkeypatch):
                 return stage.refresh()
-            finally:
-                released.append(fault.release.is_set())
+        finally:
+            released.append(fault.release.is_set())
+            assert fault.fired.wait(SOON)
 
-        check(stage, case, act, caplog)
+    check(stage, case, act, caplog)
     assert released == [False], "whoever waited was let go by the bound"
+
+
+def get_a_nonce(stage: Stage) -> None:
+    """So that the first request to the token endpoint is the one that counts."""
+    assert stage.client.restore(stage.did).get(GET_SESSION).status_code == 200
 
 
 def test_a_request_that_is_processed_after_everybody_has_given_up(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.client.restore(stage.did).get(GET_SESSION)  # which brings a nonce, so that the first request is the one
+    get_a_nonce(stage)
     fault = stage.network.fault("refresh", "hold")
-    with an_answer_within(0.5, monkeypatch), pytest.raises(RefreshInterruptedError):
+    with an_answer_within(2.0, monkeypatch), pytest.raises(RefreshInterruptedError):
         stage.refresh()
+    assert fault.fired.wait(SOON)
     assert stage.uses == 0
     stage.check_record(Record.IN_DOUBT)
     fault.release.set()
@@ -572,6 +611,7 @@ class Lane(threading.Thread):
 
     :ivar injected: how often each fault happened.
     :ivar outcomes: what the callers got.
+    :ivar found_lost: how many accounts ended since an answer was lost.
     """
 
     def __init__(self, number: int, store: str, faults: int) -> None:
@@ -581,6 +621,8 @@ class Lane(threading.Thread):
         self._faults = faults
         self.injected: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
+        self.found_lost = 0
+        self._said_to_be_lost: list[str] = []
         self.error: BaseException | None = None
         self.start()
 
@@ -613,54 +655,75 @@ class Lane(threading.Thread):
 
     def _survives_a_round(self, did: str) -> bool:
         """Let up to three things go wrong while three callers want new tokens. Whether the session outlives it."""
-        before = self._workers[0].sessions.get_session(did, False).token_set
+        before = self._workers[0].sessions.get_session(did, False)
         names = self._random.choices(list(MATRIX), list(MATRIX.values()), k=self._random.randint(1, 3))
         faults = [(name, CASES[name].happen(self._network)) for name in names]
         for client in self._workers:
-            forget_metadata(client, before.iss)
-        callers = [Worker(self._caller(self._workers[number % 2], did, before.access_token)) for number in range(3)]
+            forget_metadata(client, before.token_set.iss)
+        token = before.token_set.access_token
+        self._said_to_be_lost.clear()
+        callers = [Worker(self._caller(self._workers[number % 2], did, rejected=token)) for number in range(3)]
         for caller in callers:
             caller.outcome()
         self._network.clear_faults()
         happened = [CASES[name] for name, fault in faults if fault.count]
         self.injected.update({name: fault.count for name, fault in faults})
-        return self._check(did, before.refresh_token or "", happened)
+        return self._check(did, before, happened)
 
-    def _caller(self, client: OAuthClient, did: str, rejected: str) -> Callable[[], None]:
+    def _caller(self, client: OAuthClient, did: str, **options: Any) -> Callable[[], None]:
         def call() -> None:
             try:
-                client.sessions.get_session(did, rejected=rejected)
+                client.sessions.get_session(did, **options)
                 self.outcomes["a session"] += 1
             except SessionError as error:
                 self.outcomes[type(error).__name__] += 1
+                if isinstance(error, TokenRefreshError) and error.answer_lost:
+                    self._said_to_be_lost.append(did)
 
         return call
 
-    def _check(self, did: str, token: str, happened: list[Case]) -> bool:
+    def _check(self, did: str, before: Session, happened: list[Case]) -> bool:
+        token = before.token_set.refresh_token or ""
         lost = sum(case.loses_the_answer for case in happened)
         ended = any(case.ending is OVER for case in happened)
         uses = self._network.refresh_token_uses
         assert uses[token] <= 1 + lost, f"sent {uses[token]} times, while {lost} answers were lost: {happened}"
+        if not self._is_in_doubt(before, happened):
+            assert not self._said_to_be_lost, f"no answer was lost: {happened}"
         stored = self._workers[0].sessions.get_stored(did)
-        if stored is None:
-            assert lost or ended, f"the session was lost to {happened}"
-            return False
-        if uses[token] and stored.token_set.refresh_token == token:
+        if stored is not None and uses[token] and stored.token_set.refresh_token == token:
             assert stored.attempt is not None, f"the loss left no trace: {happened}"
             assert lost
+            self._caller(self._random.choice(self._workers), did, refresh=True)()  # which is to find out
+            stored = self._workers[0].sessions.get_stored(did)
+            assert stored is None
+        if stored is None:
+            assert lost or ended, f"the session was lost to {happened}"
+            if not ended:
+                assert self._said_to_be_lost, f"nobody was told that an answer was lost: {happened}"
+            self.found_lost += bool(self._said_to_be_lost)
             return False
         info = self._network.session_of(stored.token_set.refresh_token or "")
         assert info is not None
         assert info.current, f"what is stored is dead after {happened}"
         return True
 
+    def _is_in_doubt(self, before: Session, happened: list[Case]) -> bool:
+        """Whether an answer may have been lost, as far as a worker can know."""
+        return (
+            before.attempt is not None
+            or before.after_lost_answer
+            or any(case.ending.record is Record.IN_DOUBT for case in happened)
+        )
 
+
+@pytest.mark.timeout(900)
 def test_a_thousand_faults(tmp_path: Path, record_testsuite_property: Callable[[str, object], None]) -> None:
     """``pytest --junitxml`` writes down how often each fault happened, and what the callers got."""
     store = f"sqlite:///{tmp_path}/sessions.db"
     lanes = [Lane(number, store, -(-FAULTS_AT_LEAST // LANES)) for number in range(LANES)]
     for lane in lanes:
-        lane.join(150)
+        lane.join(800)
         assert not lane.is_alive(), "still at work"
         if lane.error is not None:
             raise lane.error
@@ -669,5 +732,8 @@ def test_a_thousand_faults(tmp_path: Path, record_testsuite_property: Callable[[
         record_testsuite_property(f"faults: {name}", injected[name])
     for outcome, count in sum((lane.outcomes for lane in lanes), Counter()).items():
         record_testsuite_property(f"callers got: {outcome}", count)
+    found_lost = sum(lane.found_lost for lane in lanes)
+    record_testsuite_property("accounts that ended since an answer was lost", found_lost)
     assert injected.total() >= FAULTS_AT_LEAST
+    assert found_lost > 0
     assert set(injected) == set(CASES), "every one of them"
