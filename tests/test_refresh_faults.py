@@ -600,6 +600,8 @@ def test_resource_requests_carry_a_refresh_that_fails_to_their_callers(stage: St
 
 #: How often each fault is drawn. Those that cost a session cost a log-in as well.
 MATRIX = {name: 1 if case.loses_the_answer or case.ending is OVER else 3 for name, case in CASES.items()}
+#: Often enough to happen where no answer was lost as well, which is what it must not be taken for.
+MATRIX["invalid_grant"] = 6
 FAULTS_AT_LEAST = 1000
 LANES = 4
 
@@ -611,7 +613,7 @@ class Lane(threading.Thread):
 
     :ivar injected: how often each fault happened.
     :ivar outcomes: what the callers got.
-    :ivar found_lost: how many accounts ended since an answer was lost.
+    :ivar ends: how many accounts ended, and why.
     """
 
     def __init__(self, number: int, store: str, faults: int) -> None:
@@ -621,7 +623,7 @@ class Lane(threading.Thread):
         self._faults = faults
         self.injected: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
-        self.found_lost = 0
+        self.ends: Counter[str] = Counter()
         self._said_to_be_lost: list[str] = []
         self.error: BaseException | None = None
         self.start()
@@ -701,7 +703,7 @@ class Lane(threading.Thread):
             assert lost or ended, f"the session was lost to {happened}"
             if not ended:
                 assert self._said_to_be_lost, f"nobody was told that an answer was lost: {happened}"
-            self.found_lost += bool(self._said_to_be_lost)
+            self.ends["since an answer was lost" if self._said_to_be_lost else "for another reason"] += 1
             return False
         info = self._network.session_of(stored.token_set.refresh_token or "")
         assert info is not None
@@ -732,8 +734,9 @@ def test_a_thousand_faults(tmp_path: Path, record_testsuite_property: Callable[[
         record_testsuite_property(f"faults: {name}", injected[name])
     for outcome, count in sum((lane.outcomes for lane in lanes), Counter()).items():
         record_testsuite_property(f"callers got: {outcome}", count)
-    found_lost = sum(lane.found_lost for lane in lanes)
-    record_testsuite_property("accounts that ended since an answer was lost", found_lost)
+    ends = sum((lane.ends for lane in lanes), Counter())
+    for reason, count in ends.items():
+        record_testsuite_property(f"accounts ended: {reason}", count)
     assert injected.total() >= FAULTS_AT_LEAST
-    assert found_lost > 0
+    assert len(ends) == 2
     assert set(injected) == set(CASES), "every one of them"
