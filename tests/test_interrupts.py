@@ -308,12 +308,14 @@ def test_a_listener_that_raises(way: str, logged: str, scene: Scene) -> None:
 
 
 STRIKES = 60
+REFRESHES = 10
 
 
 def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
     scene = Scene(quick_network, store)
     # The exceptions would strike what measures coverage as well, which has locks of its own.
-    with Program(scene, "interrupt_burst", is_measured=False, bound=5 * SOON, seed="burst", times=STRIKES) as program:
+    setup = {"seed": "burst", "times": STRIKES, "refreshes": REFRESHES}
+    with Program(scene, "interrupt_burst", is_measured=False, bound=5 * SOON, **setup) as program:
         report = json.loads(program.hear())
         with scene.client() as client:
             client.restore(scene.did, refresh=True)  # no lock is left taken: the process is still there
@@ -324,7 +326,7 @@ def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
     assert min(report["struck"].values()) >= STRIKES
     uses = quick_network.refresh_token_uses
     assert set(uses.values()) == {1}
-    assert quick_network.rotations == len(uses) >= 10
+    assert quick_network.rotations == len(uses) >= REFRESHES
     assert (quick_network.replays, quick_network.revocations) == (0, 0)
     with scene.client() as client:
         stored = client.sessions.get_session(scene.did)
