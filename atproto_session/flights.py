@@ -210,6 +210,8 @@ class Flights(Generic[T]):
 _all_flights: weakref.WeakSet[Flights[Any]] = weakref.WeakSet()
 
 
+# Twice: a signal that is pending when the interpreter comes to it is raised before its first line.
+@atexit.register
 @atexit.register
 def _land_all() -> None:
     """At the end of the interpreter, which waits for threads before this: once, and only until another signal comes. A

@@ -223,16 +223,19 @@ def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
     scene.check_that_it_was_refreshed_once()
 
 
-def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene) -> None:
+@pytest.mark.parametrize("when", ["before", "struck"])
+def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene, when: str) -> None:
     """In a daemon thread, which goes on while exit handlers are called: before the library's own it may begin, and is
-    waited for."""
+    waited for, even if the library's own is struck by a signal at once."""
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "late_exit", "before") as program:
+    with Program(scene, "late_exit", when) as program:
         assert fault.fired.wait(SOON)
         program.say()
         program.check_that_it_waits()
         fault.release.set()
-        assert program.end() == (0, "")
+        returned, errors = program.end()
+        assert returned == 0
+        assert ("KeyboardInterrupt" in errors) == (when == "struck"), errors
     scene.check_that_it_was_refreshed_once()
 
 

@@ -1,18 +1,23 @@
 """A program in which a daemon thread begins a refresh when the interpreter is ending already.
 
 ``python -m tests.programs.late_exit WHEN``, where ``WHEN`` is ``before`` or ``after``: whether the exit handler that
-lets the thread begin is called before the library's own or after it. The first line of its standard input is its setup;
-the handler ends when the thread has come to its end, or at the next line.
+lets the thread begin is called before the library's own or after it; or ``struck``: before it, and a signal is pending
+when the interpreter comes to the library's. The first line of its standard input is its setup; the handler ends when
+the thread has come to its end, or at the next line.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from unittest.mock import call, patch
 
 #: What is done after everything that is registered further down, since the last to register is the first to be called.
 last: list[Callable[[], None]] = []
@@ -24,7 +29,15 @@ def at_last() -> None:
         action()
 
 
-from atproto_session import ClientMetadata, OAuthClient, SessionError  # noqa: E402
+with patch("atexit.register", wraps=atexit.register) as register:
+    from atproto_session import ClientMetadata, OAuthClient, SessionError, flights
+
+if sys.argv[1] == "struck":
+    # Just before the library's own, by a function of C's: Python looks for signals only when it is back in Python.
+    atexit.unregister(flights._land_all)
+    for _ in range(register.call_args_list.count(call(flights._land_all))):
+        atexit.register(flights._land_all)
+    atexit.register(ctypes.CDLL(None).kill, os.getpid(), signal.SIGINT.value)
 
 #: Longer than it takes to refuse a refresh, in seconds. Nobody who waits for one that is under way leaves earlier.
 PATIENCE = 10.0
@@ -54,7 +67,7 @@ def main() -> None:
 
     for job in (work, listen):
         threading.Thread(target=job, daemon=True).start()
-    if sys.argv[1] == "before":
+    if sys.argv[1] in ("before", "struck"):
         atexit.register(at_exit)
     else:
         last.append(at_exit)
