@@ -99,6 +99,22 @@ def an_answer_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield
 
 
+class PlainStore:
+    """The least that a store can be."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, Session] = {}
+
+    def get(self, key: str) -> Session | None:
+        return self.sessions.get(key)
+
+    def set(self, key: str, session: Session) -> None:
+        self.sessions[key] = session
+
+    def delete(self, key: str) -> None:
+        self.sessions.pop(key, None)
+
+
 class Gate:
     """Stops whoever comes to it until it is opened."""
 

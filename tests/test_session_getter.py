@@ -41,6 +41,7 @@ from .core import (
     SOON,
     FakeAuthority,
     Gate,
+    PlainStore,
     Worker,
     expired_session,
     flight_of,
@@ -1138,22 +1139,6 @@ def test_an_attempt_is_not_taken_back_from_another() -> None:
 
 
 # Stores and locks of the application's own
-
-
-class PlainStore:
-    """The least that a store can be."""
-
-    def __init__(self) -> None:
-        self.sessions: dict[str, Session] = {}
-
-    def get(self, key: str) -> Session | None:
-        return self.sessions.get(key)
-
-    def set(self, key: str, session: Session) -> None:
-        self.sessions[key] = session
-
-    def delete(self, key: str) -> None:
-        self.sessions.pop(key, None)
 
 
 class OwnFullStore:

@@ -43,6 +43,8 @@ from atproto_session.stores import (
 from atproto_session.stores.document import Codec
 from atproto_session.testing.contracts import DID, HOSTILE_KEYS, SharedStoreContract, StoreContract, make_session
 
+from .core import PlainStore
+
 KEY, NEW_KEY = Fernet.generate_key(), Fernet.generate_key()
 LATER, EARLIER = 4e9, 1e9
 
@@ -97,23 +99,7 @@ class TestCompletedDict(StoreContract):
         return complete({})
 
 
-class OwnStore:
-    """The least that a store can be."""
-
-    def __init__(self) -> None:
-        self.sessions: dict[str, Session] = {}
-
-    def get(self, key: str) -> Session | None:
-        return self.sessions.get(key)
-
-    def set(self, key: str, session: Session) -> None:
-        self.sessions[key] = session
-
-    def delete(self, key: str) -> None:
-        self.sessions.pop(key, None)
-
-
-class OwnStoreWithKeys(OwnStore):
+class OwnStoreWithKeys(PlainStore):
     closed = False
 
     def clear(self) -> None:
@@ -135,12 +121,12 @@ class TestCompletedStore(StoreContract):
 
 
 def test_a_full_store_is_left_as_it_is(tmp_path: Path) -> None:
-    for store in (MemoryStore[Session](), JSONStore(tmp_path), completed := complete(OwnStore())):
+    for store in (MemoryStore[Session](), JSONStore(tmp_path), completed := complete(PlainStore())):
         assert complete(store) is store
     assert completed.locks.kind is LockKind.PROCESS
 
 
-@pytest.mark.parametrize("make", [OwnStore, dict])
+@pytest.mark.parametrize("make", [PlainStore, dict])
 def test_what_is_filled_in_is_the_same_for_everybody(make: Callable[[], Any]) -> None:
     store, other = make(), make()
     first, second = complete(store), complete(store)
@@ -179,13 +165,13 @@ def test_what_is_neither_store_nor_mapping_is_refused() -> None:
 
 
 def test_listing_and_clearing_are_not_made_up() -> None:
-    store = complete(OwnStore())
-    with pytest.raises(StoreError, match=r"OwnStore has no __iter__\(\) method"):
+    store = complete(PlainStore())
+    with pytest.raises(StoreError, match=r"PlainStore has no __iter__\(\) method"):
         list(store)
-    with pytest.raises(StoreError, match=r"OwnStore has no clear\(\) method"):
+    with pytest.raises(StoreError, match=r"PlainStore has no clear\(\) method"):
         store.clear()
     store.close()
-    assert repr(store) == "<OwnStore, completed>"
+    assert repr(store) == "<PlainStore, completed>"
 
 
 def test_the_parts_that_a_store_has_are_used() -> None:
@@ -232,7 +218,7 @@ def test_what_a_store_of_the_users_own_raises_is_a_store_error() -> None:
 
 
 def test_a_session_error_of_a_store_stays_itself() -> None:
-    class Busy(OwnStore):
+    class Busy(PlainStore):
         def get(self, key: str) -> Session | None:
             raise StoreError("try again", retryable=True)
 
@@ -247,7 +233,7 @@ def test_a_store_that_holds_something_else_than_sessions() -> None:
 
 
 @pytest.mark.parametrize(
-    "store", [MemoryStore[Session](), complete({}), complete(OwnStore())], ids=["memory", "dict", "own"]
+    "store", [MemoryStore[Session](), complete({}), complete(PlainStore())], ids=["memory", "dict", "own"]
 )
 def test_nothing_comes_between_the_comparison_and_the_write(store: FullStore) -> None:
     together = threading.Barrier(2)
