@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account, LocalNetwork
+
+# A shell that starts the tests in the background has them ignore SIGINT, and with them every program that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
