@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from .errors import LockTimeoutError
+from .errors import LockTimeoutError, SessionError, StoreError, printable
 from .flights import Flight, Flights
 from .locks import Hold, Locks, ThreadLocks
 
@@ -58,8 +59,7 @@ class SharedGetter(Generic[V]):
     def close(self) -> None:
         """Wait until nothing is being fetched. Nothing is fetched afterwards: what needs that raises
         :class:`.SessionError`."""
-        for flight in self._flights.close():
-            flight.wait(float("inf"), None)
+        self._flights.close()
 
     def _get(
         self,
@@ -84,7 +84,7 @@ class SharedGetter(Generic[V]):
 
         def work(flight: Flight[V]) -> V:
             patience = 0.0 if at_once else max(0.0, deadline - time.monotonic())
-            with self._locks.hold(key, timeout=patience, cancel=flight.abandoned) as hold:
+            with self._hold(key, patience, flight) as hold:
                 stored = self._cache.get(key)
                 if is_good(stored):
                     return stored  # type: ignore[return-value]  # a good value is a V
@@ -104,6 +104,25 @@ class SharedGetter(Generic[V]):
                 return stored  # type: ignore[return-value]  # a good value is a V
             if time.monotonic() >= deadline:
                 raise LockTimeoutError(f"{key} was not ready in time")
+
+    @contextmanager
+    def _hold(self, key: str, timeout: float, flight: Flight[Any]) -> Iterator[Hold]:
+        """The lock of ``key``. Locks may be the user's own: what goes wrong with them is a StoreError, and no reason to
+        lose what was done under them."""
+        with ExitStack() as stack:
+            try:
+                hold = stack.enter_context(self._locks.hold(key, timeout=timeout, cancel=flight.abandoned))
+            except SessionError:
+                raise
+            except Exception as error:
+                raise StoreError(f"the lock of {printable(key)} cannot be used: {type(error).__name__}") from error
+            try:
+                yield hold
+            finally:
+                try:
+                    stack.close()
+                except Exception as error:  # noqa: BLE001
+                    _log.warning("the lock of %s was not released: %s", key, type(error).__name__)
 
     def _wait(self, flight: Flight[Any], deadline: float, cancel: threading.Event | None, *, own: bool) -> None:
         try:

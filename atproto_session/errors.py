@@ -50,7 +50,7 @@ class SessionError(Exception):
 
     :ivar retryable: nothing was lost; the same call may succeed later.
     :ivar retry_after: seconds to wait before that, where the server said so, else ``None``.
-    :ivar login_required: the session is gone; the account has to log in again.
+    :ivar login_required: the account has to log in again: as a rule, since the session is gone.
     """
 
     login_required: ClassVar[bool] = False

@@ -15,10 +15,10 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import CancelledError, LockTimeoutError, SessionError
-from .fork import reset_in_child
+from .fork import copy_of, reset_in_child
 from .launcher import start_thread
 
 T = TypeVar("T")
@@ -29,6 +29,10 @@ _SLICE = 0.02
 #: How often a waiting caller without ``cancel`` runs at all, so that an exception raised in it by another thread, as
 #: watchdogs do, gets through.
 _LONG_SLICE = 0.5
+#: How long the end of the program waits for what was sent: for an answer, and for a store that takes its time.
+_LAND_WITHIN = 120.0
+#: How long whoever closes waits for a thread that is yet to begin, in seconds.
+_START_WITHIN = 10.0
 
 _log = logging.getLogger("atproto_session")
 
@@ -38,6 +42,8 @@ class Flight(Generic[T]):
 
     :ivar abandoned: set when its caller has left before the work was committed; the ``cancel`` of every wait in it.
     :ivar fetched: the result is new, not found in the store.
+    :ivar committed: past the point of no return.
+    :ivar is_over: the work is, and nobody has to be told of it any more but those who wait.
     """
 
     def __init__(self, key: str, work: Callable[[Flight[T]], T]) -> None:
@@ -46,7 +52,10 @@ class Flight(Generic[T]):
         self.fetched = False
         self._work = work
         self._mutex = threading.Lock()
-        self._committed = False
+        self.committed = False
+        self.is_over = False
+        self._why = "the caller has left"
+        self._thread: int | None = None
         self._result: T | None = None
         self._error: BaseException | None = None
         self._done = False
@@ -62,20 +71,21 @@ class Flight(Generic[T]):
         """
         with self._mutex:
             self.check()
-            self._committed = True
+            self.committed = True
 
     def check(self) -> None:
         """
         :raises CancelledError: the caller has left already.
         """
         if self.abandoned.is_set():
-            raise CancelledError(f"the caller that asked for {self.key} has left")
+            raise CancelledError(f"nothing was sent for {self.key}: {self._why}")
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Have ``action`` called when the work is over and its locks are released, before the callers go on."""
         self._afterwards.append(action)
 
     def run(self, unregister: Callable[[], None]) -> None:
+        self._thread = threading.get_ident()
         try:
             self._result = self._work(self)
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
@@ -100,11 +110,23 @@ class Flight(Generic[T]):
 
     # For the threads that wait
 
-    def abandon(self) -> None:
+    def abandon(self, why: str = "the caller has left") -> None:
         """Leave. Stops work that is not committed; no effect on work that is."""
         with self._mutex:
-            if not self._committed:
+            if not self.committed:
+                self._why = why
                 self.abandoned.set()
+
+    def land(self, deadline: float) -> None:
+        """Wait until no work is done any more: none is where none was begun and all have left, or here.
+
+        :raises LockTimeoutError: the deadline has passed.
+        """
+        if self._thread is None and not self.abandoned.is_set():
+            with suppress(LockTimeoutError):
+                self.wait(min(deadline, time.monotonic() + _START_WITHIN), None)
+        if self._thread not in (None, threading.get_ident()):
+            self.wait(deadline, None)
 
     def wait(self, deadline: float, cancel: threading.Event | None) -> None:
         """Wait for the end of the work.
@@ -146,10 +168,9 @@ class Flights(Generic[T]):
     """The flights of one getter that are in the air."""
 
     def __init__(self) -> None:
-        self._closed: str | None = None
+        self._closed = False
         self.reset_after_fork()
         reset_in_child(self)
-        _all_flights.add(self)
 
     def reset_after_fork(self) -> None:
         self._mutex = threading.Lock()
@@ -160,69 +181,120 @@ class Flights(Generic[T]):
         return key in self._joinable
 
     def board(self, key: str, work: Callable[[Flight[T]], T]) -> tuple[Flight[T], bool]:
-        """The flight for ``key`` that is under way, or a new one that does ``work``; and whether it is new."""
+        """The flight for ``key`` that is under way, or a new one that does ``work``; and whether it is new.
+
+        :raises SessionError: nothing is begun any more.
+        """
         with self._mutex:
             flight = self._joinable.get(key)
             if flight is not None:
                 return flight, False
-            flight = self._joinable[key] = self._start(Flight(key, work))
+            flight = self._joinable[key] = self._start(Flight(key, work), even_if_closed=False)
+            if flight.is_over:  # it was quicker than this
+                self._joinable.pop(key, None)
             return flight, True
 
-    def charter(self, key: str, work: Callable[[Flight[U]], U]) -> Flight[U]:
-        """A new flight that nobody joins."""
+    def charter(self, key: str, work: Callable[[Flight[U]], U], *, committed: bool = False) -> Flight[U]:
+        """A new flight that nobody joins.
+
+        :param committed: from the first moment.
+        :raises SessionError: nothing is begun any more.
+        """
+        flight = Flight(key, work)
+        flight.committed = committed
         with self._mutex:
-            return self._start(Flight(key, work))
+            return self._start(flight, even_if_closed=True)
 
-    def close(self, why: str = "it is closed") -> list[Flight[Any]]:
-        """Let no flight begin any more, and say which are still in the air."""
-        with self._mutex:
-            self._closed = self._closed or why
-            return list(self._all)
+    def close(self) -> None:
+        """Let nothing be fetched any more, and wait for what is in the air. Without the mutex: this may be a signal's
+        handler, and whoever has the mutex be what it interrupts."""
+        self._closed = True
+        for flight in self.in_the_air():
+            flight.land(float("inf"))
 
-    def _start(self, flight: Flight[U]) -> Flight[U]:
-        if self._closed is not None:
-            raise SessionError(f"nothing is done for {flight.key} any more: {self._closed}")
+    def in_the_air(self) -> list[Flight[Any]]:
+        return copy_of(self._all)
 
+    def _start(self, flight: Flight[U], *, even_if_closed: bool) -> Flight[U]:
         def unregister() -> None:
-            with self._mutex:
-                self._all.discard(flight)
-                if self._joinable.get(flight.key) is flight:
-                    del self._joinable[flight.key]
+            # Without the mutex, which close() does not take either. Whoever lists it just now looks at is_over after.
+            flight.is_over = True
+            self._all.discard(flight)
+            if self._joinable.get(flight.key) is flight:
+                del self._joinable[flight.key]
 
-        # Not a daemon, not even if the caller is one: the interpreter waits for it on exit. Started before it is
-        # registered, so that an exception in between leaves no flight that others would join and that never ends.
+        # Known before anything else, so that whoever closes waits for it, or is noticed here.
+        self._all.add(flight)
+        try:
+            self._check_open(flight.key, even_if_closed)
+        except SessionError:
+            self._all.discard(flight)
+            raise
+        # Not a daemon, not even if the caller is one: the interpreter waits for it on exit. Started before it can be
+        # joined, so that an exception in between leaves no flight that others would join and that never ends.
         name = f"atproto_session {flight.key}"
         thread = threading.Thread(target=flight.run, args=(unregister,), name=name, daemon=False)
         try:
             start_thread(thread)
         except RuntimeError as error:
+            self._all.discard(flight)
             flight.abandon()
             raise SessionError(
                 "no thread can be started to do the work in; nothing was sent", retryable=True
             ) from error
         except BaseException:
-            flight.abandon()
+            flight.abandon()  # it may have been started all the same
             raise
-        self._all.add(flight)
         return flight
 
+    def _check_open(self, key: str, even_if_closed: bool) -> None:
+        if self._closed and not even_if_closed:
+            raise SessionError(f"nothing is fetched for {key} any more: it is closed")
+        # Exit handlers of the application's own are waited for, other threads are not.
+        if _ending and threading.current_thread() is not threading.main_thread():
+            raise SessionError(f"nothing is done for {key} any more: the program is ending", retryable=True)
 
-_all_flights: weakref.WeakSet[Flights[Any]] = weakref.WeakSet()
+
+# The end of the program
+
+
+class Pool(Protocol):
+    def close_idle(self) -> None: ...
+
+
+_landing: weakref.WeakSet[Flights[Any]] = weakref.WeakSet()
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_ending = False
+
+
+def land_at_exit(flights: Flights[Any]) -> None:
+    """Have the interpreter wait at its end for those of ``flights`` that are committed."""
+    _landing.add(flights)
+
+
+def close_at_exit(pool: Pool) -> None:
+    """Have what is idle in ``pool`` closed at the end of the interpreter, when all flights have landed."""
+    _pools.add(pool)
 
 
 # Twice: a signal that is pending when the interpreter comes to it is raised before its first line.
 @atexit.register
 @atexit.register
 def _land_all() -> None:
-    """At the end of the interpreter, which waits for threads before this: once, and only until another signal comes. A
-    daemon thread goes on until after this, and may have begun a flight since."""
-    while True:
+    """The interpreter waits for threads before this: once, and only until another signal comes. A daemon thread goes on
+    until after it, and may have begun a flight since."""
+    global _ending  # noqa: PLW0603 - there is one end
+    _ending = True
+    deadline = time.monotonic() + _LAND_WITHIN
+    while flights := [flight for each in copy_of(_landing) for flight in each.in_the_air()]:
         try:
-            flights = [flight for each in list(_all_flights) for flight in each.close("the program is ending")]
             for flight in flights:
-                flight.abandon()
+                flight.abandon("the program is ending")
             for flight in flights:
-                flight.wait(float("inf"), None)
-        except BaseException:  # noqa: BLE001, S112 - a signal, which has ended all that it can
-            continue
-        return
+                flight.land(deadline)
+        except BaseException:  # noqa: BLE001 - a signal, which has ended all that it can
+            if time.monotonic() < deadline:
+                continue
+        break
+    for pool in copy_of(_pools):
+        pool.close_idle()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -52,7 +53,7 @@ def pause_at_fork(state: ForkPaused) -> None:
 def _pause_all() -> None:
     # One fork at a time: two threads that fork at once would else wait for what the other has paused.
     _forking.acquire()
-    _waiting[:] = _members(_paused)
+    _waiting[:] = copy_of(_paused)
     for state in _waiting:
         state.pause_for_fork()
 
@@ -70,14 +71,15 @@ def _reset_all() -> None:
     global _forking  # noqa: PLW0603 - the child's own, whoever held the parent's
     _forking = threading.RLock()
     _waiting.clear()
-    for state in _members(_aware):
+    for state in copy_of(_aware):
         state.reset_after_fork()
 
 
-def _members(states: weakref.WeakSet[T]) -> list[T]:
+def copy_of(items: Collection[T]) -> list[T]:
+    """The items of a set that other threads may be adding to."""
     while True:
-        with suppress(RuntimeError):  # another thread has just added one
-            return list(states)
+        with suppress(RuntimeError):  # one has just done so
+            return list(items)
 
 
 if hasattr(os, "register_at_fork"):

@@ -93,7 +93,7 @@ class ReadOnly(dict[str, Any]):
     clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReadOnly, (dict(self),)
+        return dict, (dict(self),)  # a copy is its owner's
 
 
 @dataclass(frozen=True)

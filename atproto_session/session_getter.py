@@ -120,7 +120,9 @@ class SessionGetter(StoredSessions):
         :param timeout: how many seconds to wait, all told. A refresh that has been sent goes on afterwards.
         :param cancel: ends the waiting early when set, likewise.
         :raises SessionNotFoundError: nothing is stored under ``sub``.
-        :raises TokenRefreshError: the session is over; it has been deleted.
+        :raises TokenRefreshError: the account has to log in again: the session is over, and has been deleted. It is
+            kept if its account belongs to another authorization server by now, if it has no refresh token but can be
+            used, and, under ``on_interrupted="fail"``, if an answer was lost.
         :raises TokenRevokedError: it was signed out while it was being refreshed.
         :raises RefreshInterruptedError: the refresh was sent and no answer came. Try again.
         :raises LockTimeoutError: ``timeout`` is over.
@@ -146,12 +148,13 @@ class SessionGetter(StoredSessions):
             # What another worker has just renewed is used, even if it is to live so short that it counts as stale.
             return is_newer(session) and not self.freshness.is_expired(session.token_set)
 
+        if is_good(seen):
+            return seen
+
         def fetch(stored: Session | None, hold: Hold, flight: Flight[Session]) -> Session:
             return self._refresh(sub, found(sub, stored), is_good, hold, flight)
 
         get = partial(self._get, sub, is_good, fetch, suits=is_newer, timeout=timeout, cancel=cancel)
-        if is_good(seen):
-            return seen
         usable = rejected is None and not self.freshness.is_expired(seen.token_set)
         if refresh is True and usable and seen.token_set.refresh_token is None:
             raise TokenRefreshError(
@@ -203,8 +206,8 @@ class SessionGetter(StoredSessions):
             go = self._is_announced(key, session, attempted, attempt.answer_by) and hold.extend(hold_for)
             if go:
                 flight.commit()
-        except SessionError:
-            self._leave(key, attempted, session.attempt)
+        except Exception:
+            self._withdraw(key, session, attempted, hold)
             raise
         if not go:
             return self._newer(key, session)
@@ -304,6 +307,14 @@ class SessionGetter(StoredSessions):
             raise StoreError(f"the session store took too long to record the refresh of {key}", retryable=True)
         return current.attempt == attempted.attempt
 
+    def _withdraw(self, key: str, session: Session, attempted: Session, hold: Hold) -> None:
+        """Take the attempt back, since nothing was sent. If the lock may have been lost, it may stand in the place of
+        the one of whoever holds it now; then another takes its place, with the time that that one may need."""
+        held = False
+        with suppress(Exception):
+            held = hold.extend(self._authority.answer_within + _STORE_WITHIN)
+        self._leave(key, attempted, session.attempt if held else self._new_attempt(session, hold))
+
     def _new_attempt(self, session: Session, hold: Hold) -> Attempt:
         now = self._clock()
         return Attempt(
@@ -368,7 +379,7 @@ class SessionGetter(StoredSessions):
         try:
             if not self._remove(key, session, cause, flight):
                 newer = self._store.get(key)
-        except StoreError as error:
+        except SessionError as error:
             _log.warning("the session %s could not be deleted: %s", key, error)
         if newer is None or not newer.is_same_grant(session):
             self._revoke(successor)
@@ -386,7 +397,7 @@ class SessionGetter(StoredSessions):
             if current is not None and current.attempt == attempted.attempt:
                 left = attempted.with_attempt(attempt, refresh_not_before=until)
                 self._store.replace(key, left, attempted.token_set)
-        except StoreError as error:
+        except SessionError as error:
             # The record says more than is true: that an answer may be lost. The next refresh finds out.
             _log.warning("the attempt to refresh %s could not be taken back: %s", key, error)
 

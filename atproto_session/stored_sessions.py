@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from .cached_getter import SharedGetter
 from .errors import (
-    CancelledError,
     LockTimeoutError,
     SessionError,
     SessionNotFoundError,
@@ -23,7 +22,7 @@ from .errors import (
     TokenRevokedError,
     printable,
 )
-from .flights import Flight
+from .flights import Flight, land_at_exit
 from .locks import Locks
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
 from .stores import SessionStore, complete
@@ -60,6 +59,7 @@ class StoredSessions(SharedGetter[Session]):
     ) -> None:
         self._store = complete(store)
         super().__init__(self._store, locks=locks, timeout=timeout)
+        land_at_exit(self._flights)
         self._revoker = revoker
         self.freshness = freshness or Freshness()
         self._clock = self.freshness.clock
@@ -86,16 +86,20 @@ class StoredSessions(SharedGetter[Session]):
         session = replace(session, attempt=None, refreshed_at=self._clock(), after_lost_answer=False)
 
         def work(flight: Flight[None]) -> None:
-            flight.commit()  # at once: there is no way to log in with this session again
             with self._undisturbed(sub, flight):
                 try:
                     self._store.set(sub, session)
                 except Exception:
                     self._revoke(session)
                     raise
-            self._tell_updated(sub, session, flight)
+                self._tell_updated(sub, session, flight)
 
-        self._do(sub, work)
+        try:
+            flight = self._flights.charter(sub, work, committed=True)  # there is no way to come to this session again
+        except SessionError:
+            self._revoke(session)
+            raise
+        self._wait_for(flight)
 
     def delete_stored(self, sub: str, cause: BaseException | None = None, *, revoke: bool = False) -> None:
         """Delete what is stored under ``sub``. A refresh under way is waited for.
@@ -110,12 +114,12 @@ class StoredSessions(SharedGetter[Session]):
             with self._undisturbed(sub, flight):
                 flight.commit()
                 last, deleted = self._delete(sub)
-            if deleted:
-                self._tell_deleted(sub, why, flight)
+                if deleted:
+                    self._tell_deleted(sub, why, flight)
             if revoke and last is not None:
                 self._revoke(last)
 
-        self._do(sub, work)
+        self._wait_for(self._flights.charter(sub, work))
 
     def delete_rejected(self, sub: str, session: Session, cause: SessionError) -> None:
         """Delete ``session`` because its server refuses tokens that it has just issued; not what has come since."""
@@ -125,7 +129,7 @@ class StoredSessions(SharedGetter[Session]):
                 flight.commit()
                 self._remove(sub, session, cause, flight)
 
-        self._do(sub, work)
+        self._wait_for(self._flights.charter(sub, work))
 
     def _delete(self, key: str) -> tuple[Session | None, bool]:
         """Delete the grant that is stored under ``key``, however often it is refreshed meanwhile. Returns the last that
@@ -146,15 +150,12 @@ class StoredSessions(SharedGetter[Session]):
         """The account's lock, if it can be had: whoever finds the record changed without it takes that for final."""
         stack = ExitStack()
         try:
-            stack.enter_context(self._locks.hold(key, timeout=self._timeout, cancel=flight.abandoned))
-        except CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001 - locks may be the user's own
+            stack.enter_context(self._hold(key, self._timeout, flight))
+        except (LockTimeoutError, StoreError) as error:
             _log.warning("%s changes without its lock: %s", key, error)
         return stack
 
-    def _do(self, key: str, work: Callable[[Flight[None]], None]) -> None:
-        flight = self._flights.charter(key, work)
+    def _wait_for(self, flight: Flight[None]) -> None:
         self._wait(flight, float("inf"), None, own=True)
         flight.result()
 

@@ -32,6 +32,7 @@ from atproto_session import (
     TokenRevokedError,
     TransportError,
 )
+from atproto_session.flights import Flight
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from .core import SOON, Worker, wait_until
@@ -256,7 +257,7 @@ def test_nothing_is_sent_after_the_end(network: LocalNetwork, account: Account, 
         closing = Worker(client.close)
         wait_until(lambda: client.sessions._flights._closed)
         with pytest.raises(SessionError, match="it is closed"):
-            client.revoke(account.did)
+            client.sessions._flights.board("another", Flight.result)
         fault.release.set()
         closing.outcome()
         refresh.outcome()

@@ -455,7 +455,7 @@ def test_a_register_that_grows_while_it_is_read_is_read_again() -> None:
             return super().__iter__()
 
     recorder = Recorder([], "it")
-    assert fork._members(Growing([recorder])) == [recorder]
+    assert fork.copy_of(Growing([recorder])) == [recorder]
 
 
 def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,10 @@ from atproto_session import (
     TokenRevokedError,
     TokenSet,
     TransportError,
+    flights,
     session_getter,
 )
+from atproto_session.launcher import start_thread
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt
 
@@ -1241,6 +1243,47 @@ def test_a_store_that_fails_at_the_last_look_keeps_no_attempt() -> None:
     assert rig.get().token_set.access_token == "access-2", "nothing was sent, so no answer was lost"
 
 
+class GoneLocks(LeaseLocks):
+    """Locks whose server goes just after an attempt was written."""
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+        with super().hold(name, timeout=timeout, cancel=cancel) as lock:
+            yield GoneHold(lock, self)
+
+
+class GoneHold:
+    def __init__(self, lock: LeaseHold, locks: GoneLocks) -> None:
+        self._lock = lock
+        self._locks = locks
+
+    def extend(self, seconds: float) -> bool:
+        if not self._locks.held:
+            raise ConnectionError("the server has gone")
+        return self._lock.extend(seconds)
+
+
+def test_an_attempt_that_may_be_in_the_place_of_anothers_is_replaced_by_one_that_ends_later() -> None:
+    # Whoever holds the lock now may have sent its request: it must stay announced.
+    locks, store = GoneLocks(), MeddledStore()
+    rig = Rig(expired_session(), store, locks=locks)
+    written: list[Attempt] = []
+
+    def lose_lock(session: Session) -> None:
+        assert session.attempt is not None
+        written.append(session.attempt)
+        locks.held = False
+
+    store.meddle = lose_lock
+    with pytest.raises(ConnectionError):
+        rig.get()
+    assert rig.authority.sends == 0
+    assert rig.stored is not None
+    assert rig.stored.attempt is not None
+    assert rig.stored.attempt.id != written[0].id
+    assert rig.stored.attempt.answer_by >= written[0].answer_by
+
+
 def fail_once(store: Any) -> None:
     def get(key: str) -> Session | None:
         del store.get
@@ -1275,6 +1318,27 @@ def test_without_its_locks_a_log_in_is_stored_and_a_log_out_final(caplog: pytest
     rig.getter.delete_stored(DID)
     assert rig.getter.get_stored(DID) is None
     assert caplog.text.count("changes without its lock") == 2
+    assert "ConnectionError" in caplog.text
+
+
+class StickyLocks(ThreadLocks):
+    """Locks whose server goes while one is held."""
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+        with super().hold(name, timeout=timeout, cancel=cancel) as lock:
+            yield lock
+        raise ConnectionError("the server has gone")
+
+
+def test_a_lock_that_cannot_be_released_takes_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(expired_session(), locks=StickyLocks())
+    assert rig.get().token_set.access_token == "access-2"
+    rig.getter.set_stored(DID, make_session(7))
+    rig.getter.delete_stored(DID, revoke=True)
+    assert rig.authority.revoked == ["refresh-7"]
+    assert [type(event) for event in rig.events] == [SessionUpdatedEvent, SessionUpdatedEvent, SessionDeletedEvent]
+    assert caplog.text.count("was not released: ConnectionError") == 3
 
 
 def test_a_log_in_that_is_called_away_while_it_waits_is_stored() -> None:
@@ -1283,7 +1347,7 @@ def test_a_log_in_that_is_called_away_while_it_waits_is_stored() -> None:
         log_in = Worker(lambda: rig.getter.set_stored(DID, make_session(7)))
         wait_until(lambda: rig.getter._flights._all)
         (flight,) = rig.getter._flights._all
-        wait_until(lambda: flight._committed)
+        wait_until(lambda: flight.committed)
         flight.abandon()  # as when something is raised in its caller
     log_in.outcome()
     assert rig.stored is not None
@@ -1365,17 +1429,16 @@ def test_tokens_that_no_header_can_carry_are_given_back(token: str) -> None:
 # The end
 
 
-def test_nothing_is_begun_after_the_end() -> None:
+def test_nothing_is_refreshed_after_the_end() -> None:
     rig, gate = Rig(expired_session()), Gate()
     rig.authority.on_send = gate
     refresh = Worker(rig.get)
     gate.wait_until_reached()
+    rig.store.set(f"{DID}#other", expired_session())
     closing = Worker(rig.getter.close)
     wait_until(lambda: rig.getter._flights._closed)
     with pytest.raises(SessionError, match="it is closed"):
-        rig.getter.delete_stored(DID)
-    with pytest.raises(SessionError, match="it is closed"):
-        rig.getter.set_stored(DID, make_session(7))
+        rig.getter.get_session(f"{DID}#other")
     gate.open()
     closing.outcome()
     assert refresh.outcome() == rig.stored
@@ -1383,6 +1446,41 @@ def test_nothing_is_begun_after_the_end() -> None:
         rig.get(True)
     assert rig.get() == rig.stored, "what is fresh needs nothing to be begun"
     assert rig.authority.sends == 1
+    rig.getter.set_stored(DID, make_session(7))
+    rig.getter.delete_stored(DID, revoke=True)
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-7"]
+
+
+def test_a_signals_handler_may_close_what_is_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(expired_session())
+    start = start_thread
+
+    def interrupted(thread: threading.Thread) -> None:
+        rig.getter.close()  # as a handler would, of a signal that comes at this moment
+        start(thread)
+
+    monkeypatch.setattr(flights, "_START_WITHIN", 0.01)
+    monkeypatch.setattr(flights, "start_thread", interrupted)
+    assert rig.get().token_set.access_token == "access-2"
+
+
+def test_whoever_closes_from_within_does_not_wait_for_himself() -> None:
+    rig = Rig(expired_session())
+    rig.authority.on_send = lambda session: rig.getter.close()
+    assert rig.get().token_set.access_token == "access-2"
+
+
+def test_a_log_in_for_which_no_thread_can_be_started_is_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rig = Rig()
+    monkeypatch.setattr(flights, "start_thread", start)
+    with pytest.raises(SessionError, match="no thread"):
+        rig.getter.set_stored(DID, make_session())
+    assert rig.authority.revoked == ["refresh-1"]
+    rig.getter.close()
 
 
 def test_a_log_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ class FullStore(SessionStore, Protocol):
 
 def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
     """A store of this library as it is; any other with what is missing filled in: ``replace`` under a lock of this
-    process, ``locks`` of this process, ``logins`` in its memory, the same however often ``store`` is completed.
+    process, ``locks`` of this process, ``logins`` in its memory, the same however often ``store`` is completed (a
+    ``dict``, as long as a client uses it).
     Iterating and clearing are not made up. Whatever else than a :exc:`.SessionError` it raises becomes a
     :exc:`.StoreError`.
 
@@ -122,9 +123,9 @@ def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
     if isinstance(store, CompletedStore | JSONStore | MemoryStore | SQLiteStore):
         return store
     if all(callable(getattr(store, name, None)) for name in ("get", "set", "delete")):
-        return CompletedStore(store, filled_in_for(store))
+        return CompletedStore(store, type(store).__name__, filled_in_for(store))
     if isinstance(store, MutableMapping):
-        return CompletedStore(MappingStore(store), filled_in_for(store))
+        return CompletedStore(MappingStore(store), type(store).__name__, filled_in_for(store))
     raise TypeError(
         f"a session store has the methods get(key), set(key, session) and delete(key), or is a mutable mapping; "
         f"{type(store).__name__} is neither"

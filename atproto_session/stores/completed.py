@@ -17,10 +17,17 @@ from .memory import MemoryLogins, holds
 T = TypeVar("T")
 
 
-class FilledIn:
-    """What a store may lack: one for each store of this process, whoever completes it."""
+#: Celery's. It strikes wherever the task is, and is no failure of the store.
+_TIME_LIMIT = "SoftTimeLimitExceeded"
 
-    def __init__(self, store: object) -> None:
+
+class FilledIn:
+    """What a store may lack: one for each store of this process, whoever completes it.
+
+    :param store: kept, where nothing else says how long this is needed.
+    """
+
+    def __init__(self, store: object = None) -> None:
         self.store = store
         self.locks = ThreadLocks()
         self.logins = MemoryLogins()
@@ -28,10 +35,12 @@ class FilledIn:
 
 
 class _Registry:
-    """Weak, and by identity: a mapping cannot be hashed. No other object has the number of one that is kept here."""
+    """By identity: a mapping cannot be hashed. What is filled in for a store lives as long as that. For a ``dict``, of
+    which nobody is told that it is gone, as long as somebody uses it; no other object has its number meanwhile."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakValueDictionary[int, FilledIn] = weakref.WeakValueDictionary()
+        self._by_number: dict[int, FilledIn] = {}
+        self._in_use: weakref.WeakValueDictionary[int, FilledIn] = weakref.WeakValueDictionary()
         self.reset_after_fork()
         reset_in_child(self)
 
@@ -39,10 +48,16 @@ class _Registry:
         self._mutex = threading.Lock()
 
     def of(self, store: object) -> FilledIn:
+        number = id(store)
         with self._mutex:
-            filled_in = self._known.get(id(store))
+            filled_in = self._by_number.get(number) or self._in_use.get(number)
             if filled_in is None:
-                filled_in = self._known[id(store)] = FilledIn(store)
+                try:
+                    weakref.finalize(store, self._by_number.pop, number, None).atexit = False
+                except TypeError:
+                    filled_in = self._in_use[number] = FilledIn(store)
+                else:
+                    filled_in = self._by_number[number] = FilledIn()
             return filled_in
 
 
@@ -52,14 +67,14 @@ filled_in_for = _Registry().of
 class CompletedStore:
     """``store`` with what it lacks filled in. What its methods raise becomes a StoreError."""
 
-    def __init__(self, store: Any, filled_in: FilledIn) -> None:
+    def __init__(self, store: Any, name: str, filled_in: FilledIn) -> None:
         self._store = store
+        self._name = name
         self._filled_in = filled_in
-        self._name = type(filled_in.store).__name__
-        self._has_replace = hasattr(store, "replace")
+        self._has_replace = getattr(store, "replace", None) is not None
         locks, logins = getattr(store, "locks", None), getattr(store, "logins", None)
         self.locks: Locks = filled_in.locks if locks is None else locks
-        self.logins = filled_in.logins if logins is None else logins
+        self.logins: Any = filled_in.logins if logins is None else _CheckedLogins(self._call, logins)
 
     def __repr__(self) -> str:
         return f"<{self._name}, completed>"
@@ -127,7 +142,23 @@ class CompletedStore:
         except SessionError:
             raise
         except Exception as error:
+            if type(error).__name__ == _TIME_LIMIT:
+                raise
             raise StoreError(f"the session store {self._name} cannot be {what}: {type(error).__name__}") from error
+
+
+class _CheckedLogins:
+    """Log-ins in a store of the user's own."""
+
+    def __init__(self, call: Callable[..., Any], logins: Any) -> None:
+        self._call = call
+        self._logins = logins
+
+    def put(self, state: str, document: dict[str, Any], expires_at: float) -> None:
+        self._call("written", self._logins.put, state, document, expires_at)
+
+    def take(self, state: str) -> dict[str, Any] | None:
+        return self._call("read", self._logins.take, state)  # type: ignore[no-any-return]
 
 
 class MappingStore:

@@ -107,14 +107,14 @@ class Connections:
 
     def close(self) -> None:
         self._refused = self._refused or "the store is closed"
-        self._close_idle()
+        self.close_idle()
 
     def pause_for_fork(self) -> None:
         self._pausing = True
         deadline = time.monotonic() + self._patience
         while self._in_use and time.monotonic() < deadline:
             time.sleep(_POLL)
-        self._close_idle()
+        self.close_idle()
 
     def resume_after_fork(self) -> None:
         self._pausing = False
@@ -127,7 +127,7 @@ class Connections:
             self._in_use, self._idle = weakref.WeakSet(), []
             self._refused = _FORKED
 
-    def _close_idle(self) -> None:
+    def close_idle(self) -> None:
         while self._idle:
             with suppress(IndexError):
                 self._idle.pop().close()

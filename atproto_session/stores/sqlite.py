@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..errors import LockTimeoutError, StoreError
+from ..flights import close_at_exit
 from ..locks import FileLocks
 from ..locks.files import make_private
 from ..session import Session, TokenSet
@@ -67,7 +68,7 @@ class SQLiteStore:
             raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
         self._codec = Codec(encryption_keys)
         # Whoever opens the file through a link has to find the same locks, and the same log, beside it.
-        self._database = _Database(Path(path).resolve(), busy_timeout)
+        self._database = _Database(Path(os.path.realpath(path)), busy_timeout)
         self.locks = self._database.locks
         self.logins = SQLiteLogins(self._database, self._codec)
 
@@ -169,7 +170,8 @@ class _Database:
         except (sqlite3.Error, OSError) as error:
             raise self._failure(error) from error
         self.close = weakref.finalize(self, self._connections.close)
-        self.close.atexit = False  # not before what is under way at the end of the program is stored
+        self.close.atexit = False
+        close_at_exit(self._connections)  # when what is under way at the end of the program is stored
 
     def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
         return self._use(lambda connection: connection.execute(sql, parameters).fetchall())

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery, Task
+from celery.signals import worker_process_shutdown
 
 from atproto_session import ClientMetadata, OAuthClient, SessionError
 
@@ -19,6 +20,8 @@ client = OAuthClient(
     ClientMetadata.loopback(scope="atproto transition:generic"),  # in production, the web application's own metadata
     store=os.environ["ATPROTO_STORE"],
 )
+# A worker process of the pool ends without the interpreter's own way of ending, which would wait for refreshes.
+worker_process_shutdown.connect(lambda **_: client.close(), weak=False)
 
 
 @app.task(bind=True, max_retries=8)

@@ -28,7 +28,7 @@ from atproto_session import (
 )
 from atproto_session.session import from_document, to_document
 from atproto_session.testing.network import Account
-from tests.core import wait_until
+from tests.core import SOON, wait_until
 from tests.crew import Crew
 from tests.network import raw
 from tests.network.raw import SCOPE, LoggedIn, error_of, tokens_of
