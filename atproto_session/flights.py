@@ -221,7 +221,7 @@ class Flights(Generic[T]):
             flight.is_over = True
             self._all.discard(flight)
             if self._joinable.get(flight.key) is flight:
-                del self._joinable[flight.key]
+                self._joinable.pop(flight.key, None)
 
         # Known before anything else, so that whoever closes waits for it, or is noticed here.
         self._all.add(flight)
