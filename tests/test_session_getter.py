@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ from atproto_session import (
     flights,
     session_getter,
 )
+from atproto_session.flights import Flight
 from atproto_session.launcher import start_thread
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt
@@ -1469,6 +1471,52 @@ def test_whoever_closes_from_within_does_not_wait_for_himself() -> None:
     rig = Rig(expired_session())
     rig.authority.on_send = lambda session: rig.getter.close()
     assert rig.get().token_set.access_token == "access-2"
+
+
+def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_and_wait(thread: threading.Thread) -> None:
+        start_thread(thread)
+        thread.join(SOON)
+
+    rig = Rig(expired_session())
+    monkeypatch.setattr(flights, "start_thread", start_and_wait)
+    assert rig.get().token_set.access_token == "access-2"
+    assert not rig.getter._flights.under_way(DID)
+    assert rig.get(True).token_set.access_token == "access-3"
+
+
+def test_the_program_does_not_wait_at_its_end_for_what_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, gate, closed = Rig(expired_session()), Gate(), threading.Event()
+
+    class Pool:
+        def close_idle(self) -> None:
+            closed.set()
+
+    pool = Pool()
+    monkeypatch.setattr(flights, "_landing", weakref.WeakSet([rig.getter._flights]))
+    monkeypatch.setattr(flights, "_pools", weakref.WeakSet([pool]))
+    monkeypatch.setattr(flights, "_ending", False)
+    monkeypatch.setattr(flights, "_LAND_WITHIN", 0.0)
+    rig.authority.on_send = gate
+    refresh = Worker(rig.get)
+    gate.wait_until_reached()
+    flights._land_all()
+    assert closed.is_set()
+    refused = Worker(lambda: rig.getter.set_stored(f"{DID}#other", make_session(7)))
+    with pytest.raises(SessionError, match="the program is ending") as caught:
+        refused.outcome()
+    assert caught.value.retryable
+    assert rig.authority.revoked == ["refresh-7"]
+    gate.open()
+    refresh.outcome()
+    rig.getter.delete_stored(DID)  # an exit handler of the application's own, in the main thread
+    assert rig.stored is None
+
+
+def test_what_has_not_begun_is_not_waited_for_when_all_have_left() -> None:
+    flight: Flight[None] = Flight("a", lambda flight: None)
+    flight.abandon()
+    flight.land(0.0)
 
 
 def test_a_log_in_for_which_no_thread_can_be_started_is_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
