@@ -1485,6 +1485,38 @@ def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.Monke
     assert rig.get(True).token_set.access_token == "access-3"
 
 
+@pytest.fixture
+def the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes to its end in this test alone."""
+    monkeypatch.setattr(flights, "_landing", weakref.WeakSet())
+    monkeypatch.setattr(flights, "_pools", weakref.WeakSet())
+    monkeypatch.setattr(flights, "_ending", False)
+
+
+@pytest.mark.usefixtures("the_end")
+def test_at_the_end_of_the_program_a_signal_does_not_end_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here, where it can be measured that all of it runs; in programs that really end, see tests/test_interrupts.py.
+    rig, gate = Rig(expired_session()), Gate()
+    land, struck = Flight.land, iter((True, False))
+
+    def land_struck(flight: Flight[Any], deadline: float) -> None:
+        if next(struck):
+            raise KeyboardInterrupt
+        gate.open()
+        land(flight, deadline)
+
+    monkeypatch.setattr(Flight, "land", land_struck)
+    rig.authority.on_send = gate
+    refresh = Worker(rig.get)
+    gate.wait_until_reached()
+    flights._land_all()
+    assert rig.stored is not None
+    assert rig.stored.token_set.access_token == "access-2"
+    assert refresh.outcome() == rig.stored
+    flights._land_all()
+
+
+@pytest.mark.usefixtures("the_end")
 def test_the_program_does_not_wait_at_its_end_for_what_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     rig, gate, closed = Rig(expired_session()), Gate(), threading.Event()
 
@@ -1493,9 +1525,7 @@ def test_the_program_does_not_wait_at_its_end_for_what_never_ends(monkeypatch: p
             closed.set()
 
     pool = Pool()
-    monkeypatch.setattr(flights, "_landing", weakref.WeakSet([rig.getter._flights]))
-    monkeypatch.setattr(flights, "_pools", weakref.WeakSet([pool]))
-    monkeypatch.setattr(flights, "_ending", False)
+    flights.close_at_exit(pool)
     monkeypatch.setattr(flights, "_LAND_WITHIN", 0.0)
     rig.authority.on_send = gate
     refresh = Worker(rig.get)
