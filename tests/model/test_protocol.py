@@ -23,6 +23,7 @@ from .search import search
 
 
 @pytest.mark.duty(35)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "protocol",
     [
