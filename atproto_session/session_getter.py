@@ -164,14 +164,25 @@ class SessionGetter(StoredSessions):
             return get()
         if self._rest_of(seen) > 0 or seen.token_set.refresh_token is None:
             return seen
+        return self._refresh_ahead(sub, seen, get, self._timeout if timeout is None else timeout, cancel)
+
+    def _refresh_ahead(
+        self, sub: str, seen: Session, get: Callable[..., Session], timeout: float, cancel: threading.Event | None
+    ) -> Session:
+        """Refresh ``seen``, which is still good, if nobody else does."""
+        began = time.monotonic()
         try:
             return get(at_once=True)
         except SessionError as error:
-            if error.login_required or self.freshness.is_expired(seen.token_set) or (cancel and cancel.is_set()):
+            expired, held = self.freshness.is_expired(seen.token_set), isinstance(error, LockTimeoutError)
+            if error.login_required or (expired and not held) or (cancel and cancel.is_set()):
                 raise
-            if not isinstance(error, LockTimeoutError):  # which says that another worker is at it
+            if not held:
                 _log.warning("%s was not refreshed ahead of time: %s", sub, error)
+        if not expired:
             return seen
+        # Another worker is at it, and the time of the token has come meanwhile.
+        return get(timeout=max(0.0, timeout - (time.monotonic() - began)))
 
     # How a refresh happens
 

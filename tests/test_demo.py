@@ -44,7 +44,7 @@ def test_all_promises_are_kept_under_load() -> None:
         text=True,
         timeout=150,
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
     rows = rows_in(ended.stdout)
     assert int(rows["requests served"].replace(",", "")) > 0
     assert rows["requests failed"] == "0"
@@ -52,9 +52,9 @@ def test_all_promises_are_kept_under_load() -> None:
     assert rows["refresh tokens spent twice"] == "0"
     assert rows["refreshes for each rotation"] == "1"
     assert rows["requests that waited for a refresh"] != "0"
-    assert " 1 s: requests" in ended.stdout
+    assert re.search(r" \d s: requests", ended.stdout)
     # Which worker notices first, and so with which of these errors, is chance.
-    assert re.search(r"What users see: \w+Error: |survived by luck", ended.stdout)
+    assert re.search(r"What users see: \w+: |survived by luck", ended.stdout)
     assert "BROKEN" not in ended.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -673,8 +674,6 @@ def test_an_attempt_of_a_dead_worker_is_given_up_where_wanted() -> None:
 
 
 def attempt_in_flight(seconds: float = SOON) -> Attempt:
-    import time
-
     return Attempt("other", "host:1", time.time(), time.time() + seconds)
 
 
@@ -1140,6 +1139,29 @@ def test_an_attempt_is_not_taken_back_from_another() -> None:
     with pytest.raises(TransportError):
         rig.get()
     assert rig.stored == newer
+
+
+def test_a_token_whose_time_comes_while_another_worker_refreshes_it_is_waited_for() -> None:
+    now = [time.time()]
+
+    class SlowLocks(ThreadLocks):
+        """Another process has the lock, and to find that out takes as long as the token lives."""
+
+        tries = 0
+
+        @contextmanager
+        def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+            self.tries += 1
+            if self.tries == 1:
+                now[0] += 60.0
+                raise LockTimeoutError("another process has it")
+            with super().hold(name, timeout=timeout, cancel=cancel) as lock:
+                yield lock
+
+    freshness = Freshness(clock=lambda: now[0])
+    rig = Rig(make_session(lifetime=5.0), locks=SlowLocks(), freshness=freshness)
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
 
 
 # Stores and locks of the application's own
