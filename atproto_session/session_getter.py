@@ -204,8 +204,7 @@ class SessionGetter(StoredSessions):
 
         # The attempt proves that the store takes this very record, and tells whoever comes after a crash that the
         # token may have been spent. It must not hide that of whoever got a lock that was lost meanwhile.
-        hold_for = self._authority.answer_within + _STORE_WITHIN
-        if not hold.extend(hold_for):
+        if not hold.extend(self._stored_within):
             return self._newer(key, session)
         attempt = self._new_attempt(session, hold)
         attempted = session.with_attempt(attempt)
@@ -214,7 +213,7 @@ class SessionGetter(StoredSessions):
         # The lock is looked at last of all, so that nothing that takes time lies between this and the request. If it
         # was lost, the attempt stays: it may stand in the place of the one of whoever holds it now.
         try:
-            go = self._is_announced(key, session, attempted, attempt.answer_by) and hold.extend(hold_for)
+            go = self._is_announced(key, session, attempt) and hold.extend(self._stored_within)
             if go:
                 flight.commit()
         except Exception:
@@ -263,7 +262,7 @@ class SessionGetter(StoredSessions):
 
     def _outwait(self, key: str, session: Session, hold: Hold, flight: Flight[Session]) -> Session:
         """The session in the store once no answer to the attempt in it can come any more."""
-        longest = self._authority.answer_within + _STORE_WITHIN
+        longest = self._stored_within
         outwaited: Attempt | None = None
         while (attempt := session.attempt) not in (None, outwaited) and not self._is_gone(attempt, hold):
             wait = max(0.0, min(attempt.answer_by - self._clock(), longest))
@@ -307,24 +306,29 @@ class SessionGetter(StoredSessions):
                 retry_after=rest,
             )
 
-    def _is_announced(self, key: str, session: Session, attempted: Session, answer_by: float) -> bool:
-        """Whether the attempt is in the store, where everybody sees it, and tells the truth about its end."""
+    def _is_announced(self, key: str, session: Session, attempt: Attempt) -> bool:
+        """Whether ``attempt`` is in the store, where everybody sees it, and tells the truth about its end."""
         current = self._store.get(key)
         if current is None or not current.token_set.has_same_tokens(session.token_set):
             return False
         if current.attempt == session.attempt:
             raise StoreError(f"the session store did not keep what was recorded for {key} before its refresh")
-        if self._clock() + self._authority.answer_within > answer_by:
+        if self._clock() + self._authority.answer_within > attempt.answer_by:
             raise StoreError(f"the session store took too long to record the refresh of {key}", retryable=True)
-        return current.attempt == attempted.attempt
+        return current.attempt == attempt
 
     def _withdraw(self, key: str, session: Session, attempted: Session, hold: Hold) -> None:
         """Take the attempt back, since nothing was sent. If the lock may have been lost, it may stand in the place of
         the one of whoever holds it now; then another takes its place, with the time that that one may need."""
         held = False
         with suppress(Exception):
-            held = hold.extend(self._authority.answer_within + _STORE_WITHIN)
+            held = hold.extend(self._stored_within)
         self._leave(key, attempted, session.attempt if held else self._new_attempt(session, hold))
+
+    @property
+    def _stored_within(self) -> float:
+        """When the answer to a request that is sent now is stored, or lost, at the latest: in so many seconds."""
+        return self._authority.answer_within + _STORE_WITHIN
 
     def _new_attempt(self, session: Session, hold: Hold) -> Attempt:
         now = self._clock()
@@ -332,7 +336,7 @@ class SessionGetter(StoredSessions):
             id=uuid.uuid4().hex,
             by=f"{socket.gethostname()}:{os.getpid()}",
             started_at=now,
-            answer_by=now + self._authority.answer_within + _STORE_WITHIN,
+            answer_by=now + self._stored_within,
             answers_lost=0 if session.attempt is None else session.attempt.answers_lost + 1,
             lock=getattr(hold, "lock", ""),
         )
@@ -351,7 +355,7 @@ class SessionGetter(StoredSessions):
                 errors.append(error)
                 time.sleep(pause)
                 with suppress(Exception):  # a lease may live elsewhere, and be well
-                    hold.extend(self._authority.answer_within + _STORE_WITHIN)
+                    hold.extend(self._stored_within)
                 continue
             if current is None or not current.is_same_grant(successor):  # signed out, or logged in anew, meanwhile
                 self._revoke(successor)

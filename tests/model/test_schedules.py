@@ -33,7 +33,6 @@ def test_no_schedule_ends_badly(lease: bool) -> None:
         run(seed, lease=lease)
 
 
-ANNOUNCED = "self._is_announced(key, session, attempted, attempt.answer_by)"
 Change = tuple[type, str, str, str]
 #: What is taken out, under which kind of lock: of which method, which text, and what is left in its place.
 MECHANISMS: dict[str, tuple[bool, list[Change]]] = {
@@ -53,7 +52,7 @@ MECHANISMS: dict[str, tuple[bool, list[Change]]] = {
     ),
     "the last look at the lock": (
         LEASE,
-        [(SessionGetter, "_refresh", f"{ANNOUNCED} and hold.extend(hold_for)", "True")],
+        [(SessionGetter, "_refresh", " and hold.extend(self._stored_within)", "")],
     ),
     "waiting for an answer": (LEASE, [(SessionGetter, "_outwait", "and wait > 0", "and False")]),
     "which lock it was": (LOCK, [(SessionGetter, "_is_gone", 'attempt.lock == getattr(hold, "lock", "")', "True")]),
