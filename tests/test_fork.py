@@ -15,7 +15,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 SOON = 60.0
 
 
+def fork_in_turn() -> int:
+    """From Python 3.12 on, filelock refuses a fork while another thread of the process is forking."""
+    while True:
+        with suppress(RuntimeError):
+            return os.fork()
+
+
 class Child:
     """``work`` in a forked child."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._reader, writer = os.pipe()
-        self.pid = os.fork()
+        self.pid = fork_in_turn()
         if self.pid == 0:
             try:
                 answer: tuple[bool, object] = True, work()
