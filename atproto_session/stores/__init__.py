@@ -114,9 +114,8 @@ class FullStore(SessionStore, Protocol):
 def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
     """A store of this library as it is; any other with what is missing filled in: ``replace`` under a lock of this
     process, ``locks`` of this process, ``logins`` in its memory, the same however often ``store`` is completed (a
-    ``dict``, as long as a client uses it).
-    Iterating and clearing are not made up. Whatever else than a :exc:`.SessionError` it raises becomes a
-    :exc:`.StoreError`.
+    ``dict``, as long as a client uses it). Iterating and clearing are not made up. Whatever else than a
+    :exc:`.SessionError` it raises becomes a :exc:`.StoreError`.
 
     :raises TypeError: ``store`` is neither a store nor a mutable mapping.
     """
