@@ -149,7 +149,14 @@ BY_A_SIGNAL = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("action", ["late", "hold"])
+TAKES_A_NEW_THREAD = pytest.mark.skipif(
+    sys.version_info[:2] == (3, 12), reason="Python 3.12 starts no thread at the end of the program"
+)
+
+
+# After the request that was held, another has to be sent, with the server's nonce: that may take a connection, and that
+# a thread to look the name up in.
+@pytest.mark.parametrize("action", ["late", pytest.param("hold", marks=TAKES_A_NEW_THREAD)])
 @BY_A_SIGNAL
 def test_a_signal_that_ends_the_program(
     number: signal.Signals, error: str, returned: int, action: str, scene: Scene
@@ -218,6 +225,7 @@ def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
     scene.check_that_it_was_refreshed_once()
 
 
+@TAKES_A_NEW_THREAD
 @pytest.mark.parametrize("when", ["before", "struck"])
 def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene, when: str) -> None:
     """In a daemon thread, which goes on while exit handlers are called: before the library's own it may begin, and is

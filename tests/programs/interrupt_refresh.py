@@ -64,8 +64,8 @@ class Program:
 
 
 def stopped_by_a_signal(program: Program) -> None:
-    """Control-C, or SIGTERM with the usual handler. Nothing is caught. Says when the interpreter calls the exit handlers;
-    straight from C, where no further signal gets in between."""
+    """Control-C, or SIGTERM with the usual handler. Nothing is caught. Says when the interpreter calls the exit
+    handlers; straight from C, where no further signal gets in between."""
     atexit.register(os.write, sys.stdout.fileno(), b"at its end\n")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     program.refresh()
