@@ -143,15 +143,26 @@ class Scene:
         assert self.request() == 200
 
     def lock_is_free(self) -> bool:
+        return self._is_free(self.did)
+
+    def _is_free(self, did: str) -> bool:
         """For another process: a lock of the same file, opened anew."""
-        store = open_store(self.url)
-        try:
-            with store.locks.hold(self.did, timeout=0):
-                return True
-        except LockTimeoutError:
-            return False
-        finally:
-            store.close()
+        with closing(open_store(self.url)) as store:
+            try:
+                with store.locks.hold(did, timeout=0):
+                    return True
+            except LockTimeoutError:
+                return False
+
+    def another_account(self) -> Account:
+        """One whose lock is in another file, since a thousand files are shared by all accounts. It has logged in."""
+        while True:
+            other = self.network.create_account()
+            with closing(open_store(self.url)) as store, store.locks.hold(self.did, timeout=0):
+                if not self._is_free(other.did):
+                    continue
+            self.client.callback(self.network.authorize(self.client.authorize(other.did), other))
+            return other
 
 
 @pytest.fixture(params=["json", "sqlite"])
@@ -211,8 +222,7 @@ def test_the_end_of_a_child_is_nothing_to_the_refresh_of_its_parent(scene: Scene
 
 def test_what_a_child_does_is_nothing_to_the_refresh_of_its_parent(scene: Scene, network: LocalNetwork) -> None:
     """Another account in the same store."""
-    other = network.create_account()
-    scene.client.callback(network.authorize(scene.client.authorize(other.did), other))
+    other = scene.another_account()
     scene.expire_in(-60.0)
     before = network.rotations
     fault = network.fault("refresh", "late")
