@@ -33,7 +33,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from .errors import TransportError
-from .fork import reset_in_child
+from .fork import Turns, reset_in_child
 from .launcher import start_thread
 from .urls import is_public_address, is_public_or_loopback
 
@@ -41,6 +41,10 @@ T = TypeVar("T")
 
 #: What the threads of :func:`spawn` are called.
 LOOKUP_THREAD = "atproto_session lookup"
+
+#: A child that is forked in the middle of another thread's getaddrinfo may stop for ever in its own (glibc's locks are
+#: not reset). A look-up that takes longer than this waits for a DNS server, and then holds none of them.
+_look_ups = Turns(patience=2.0)
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,8 @@ class _Connection(HTTPConnection):
         host = self.host.strip("[]")
 
         def look_up() -> list[tuple[Any, ...]]:
-            return self._network.getaddrinfo(host, self.port, socket.AF_UNSPEC, socket.SOCK_STREAM)
+            with _look_ups.turn():
+                return self._network.getaddrinfo(host, self.port, socket.AF_UNSPEC, socket.SOCK_STREAM)
 
         # Nothing interrupts getaddrinfo, so where there is a bound it is left behind when the time is over.
         return look_up() if left is None else spawn(look_up).result(left)

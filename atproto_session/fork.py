@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+#: How often a thread that waits for a fork looks again, and a fork that waits for a thread, in seconds.
+_POLL = 0.001
 
 
 class ForkAware(Protocol):
@@ -73,6 +77,54 @@ def _reset_all() -> None:
     _waiting.clear()
     for state in copy_of(_aware):
         state.reset_after_fork()
+
+
+class _Turn:
+    """Something under way that a fork waits for."""
+
+
+class Turns:
+    """What must not be under way in any thread when the process forks.
+
+    Without a lock: an exception may be raised in a thread at any instant, by a signal for one, and a lock that was left
+    taken would stop every other. Sets do what is asked of them here in one step.
+
+    :param patience: how many seconds a fork waits for what is under way. Then it happens all the same.
+    """
+
+    def __init__(self, *, patience: float) -> None:
+        self._patience = patience
+        # Weak: one that was lost to an exception is under way no more.
+        self._under_way: weakref.WeakSet[object] = weakref.WeakSet()
+        self._pausing = False
+        pause_at_fork(self)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """No fork happens in this block, and it waits for one that does."""
+        turn = _Turn()
+        try:
+            self._under_way.add(turn)  # before the look at _pausing: a fork that begins now sees one or the other
+            while self._pausing:
+                self._under_way.discard(turn)
+                time.sleep(_POLL)
+                self._under_way.add(turn)
+            yield
+        finally:
+            self._under_way.discard(turn)
+
+    def pause_for_fork(self) -> None:
+        self._pausing = True
+        deadline = time.monotonic() + self._patience
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    def resume_after_fork(self) -> None:
+        self._pausing = False
+
+    def reset_after_fork(self) -> None:
+        self._pausing = False
+        self._under_way = weakref.WeakSet()
 
 
 def copy_of(items: Collection[T]) -> list[T]:

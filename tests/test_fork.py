@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from atproto_session import fork
+from atproto_session import adapter, fork
+from atproto_session.adapter import HardenedAdapter, Network
 from atproto_session.errors import LockTimeoutError, StoreError
 from atproto_session.locks import FileLocks, Locks, ThreadLocks
 from atproto_session.session import Session
@@ -396,6 +398,84 @@ def test_a_store_works_in_a_pool_of_forked_workers_while_the_parent_goes_on(tmp_
                 stop.set()
             assert all(reader.result(SOON) for reader in readers)
         assert sorted(store) == [DID, *(f"{DID}#{n}" for n in range(8))]
+
+
+# Looking names up
+
+
+class Names:
+    """Those of a network where a look-up takes as long as the test likes."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+        self._network = Network(getaddrinfo=self._getaddrinfo)
+
+    def _getaddrinfo(self, *_: object) -> list[tuple[Any, ...]]:
+        self.asked.set()
+        assert self.answer.wait(SOON)
+        return []
+
+    def look_up(self, timeout: float | None = None) -> str:
+        """:param timeout: a look-up that is bounded happens in a thread of its own."""
+        with requests.Session() as session:
+            session.mount("http://", HardenedAdapter(network=self._network))
+            with pytest.raises(requests.ConnectionError) as caught:
+                session.get("http://pds.example.com/", timeout=timeout)
+        return str(caught.value)
+
+
+@pytest.fixture
+def names() -> Iterator[Names]:
+    names = Names()
+    try:
+        yield names
+    finally:
+        names.answer.set()
+
+
+@pytest.mark.parametrize("timeout", [None, SOON])
+def test_a_fork_waits_for_a_look_up(timeout: float | None, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter._look_ups, "_patience", SOON)
+    with ThreadPoolExecutor(2) as threads:
+        looking = threads.submit(names.look_up, timeout)
+        assert names.asked.wait(SOON)
+        forked = threads.submit(in_child, lambda: names.look_up(timeout))
+        wait_until(lambda: adapter._look_ups._pausing)
+        with pytest.raises(TimeoutError):
+            forked.result(0.1)
+        names.answer.set()
+        assert "no address" in forked.result(SOON)
+        assert "no address" in looking.result(SOON)
+
+
+def test_no_look_up_begins_while_a_fork_happens(names: Names) -> None:
+    names.answer.set()
+    with ThreadPoolExecutor(1) as threads:
+        adapter._look_ups.pause_for_fork()
+        try:
+            looking = threads.submit(names.look_up)
+            assert not names.asked.wait(0.1)
+        finally:
+            adapter._look_ups.resume_after_fork()
+        assert "no address" in looking.result(SOON)
+
+
+def test_a_fork_waits_for_a_look_up_only_so_long(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a DNS server that does not answer, it would be too long."""
+    monkeypatch.setattr(adapter._look_ups, "_patience", 0.01)
+
+    def look_up() -> str:
+        names.answer = threading.Event()  # the parent's is of no use here
+        names.answer.set()
+        return names.look_up()
+
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(names.look_up)
+        assert names.asked.wait(SOON)
+        assert "no address" in in_child(look_up)
+        assert not looking.done()
+        names.answer.set()
+        assert "no address" in looking.result(SOON)
 
 
 # The register

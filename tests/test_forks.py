@@ -29,7 +29,7 @@ from typing import Any
 import jwt
 import pytest
 
-from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, adapter
+from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, fork
 from atproto_session.dpop import generate_verifier, proof
 from atproto_session.keys import generate_jwk, load_private_key
 from atproto_session.locks import ThreadLocks
@@ -458,7 +458,7 @@ def test_a_fork_waits_for_a_connection_that_is_being_made(tmp_path: Path, monkey
             time.sleep(seconds)
 
         monkeypatch.setattr(pool, "_connect", make)
-        monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        monkeypatch.setattr(fork, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
         reading = Worker(lambda: store.get(DID))
         gate.wait_until_reached()
         forking = Worker(lambda: in_child(lambda: open_files(url)))
@@ -590,22 +590,9 @@ def test_workers_that_were_forked_after_the_client_was_made(scene: Scene) -> Non
             child.end()
 
 
-def test_forks_of_a_parent_that_is_busy(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While its threads make requests and refresh, each new child does the same.
-
-    Not while one looks a name up: a child that glibc forked then may hang in every look-up of its own (2 of 19,444 did,
-    without this library)."""
-    enough, no_look_up = threading.Event(), threading.Lock()
-    spawn = adapter.spawn
-
-    def spawn_between_forks(look_up: Callable[[], object]) -> Any:
-        def work() -> object:
-            with no_look_up:
-                return look_up()
-
-        return spawn(work)
-
-    monkeypatch.setattr(adapter, "spawn", spawn_between_forks)
+def test_forks_of_a_parent_that_is_busy(scene: Scene) -> None:
+    """While its threads make requests and refresh, each new child does the same."""
+    enough = threading.Event()
 
     def work(refresh: bool) -> int:
         return scene.client.restore(scene.did, refresh or "auto").get(GET_SESSION).status_code
@@ -616,19 +603,10 @@ def test_forks_of_a_parent_that_is_busy(scene: Scene, monkeypatch: pytest.Monkey
             seen.add(work(refresh))
         return seen
 
-    def be_born_and_work(refresh: bool, _: Connection) -> int:
-        no_look_up.release()  # its own, which it has inherited as it was
-        return work(refresh)
-
     busy = [Worker(partial(be_busy, refresh)) for refresh in (True, False, False)]
     try:
         for number in range(20):
-            with no_look_up:
-                child = Child(partial(be_born_and_work, number % 2 == 0))
-            try:
-                assert child.result() == 200
-            finally:
-                child.end()
+            assert in_child(partial(work, number % 2 == 0)) == 200
     finally:
         enough.set()
     assert [worker.outcome() for worker in busy] == [{200}] * 3
