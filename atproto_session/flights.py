@@ -173,7 +173,7 @@ class Flights(Generic[T]):
         reset_in_child(self)
 
     def reset_after_fork(self) -> None:
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # the handler of a signal may fetch in the middle of board()
         self._joinable: dict[str, Flight[T]] = {}
         self._all: set[Flight[Any]] = set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ from atproto_session import (
     SessionError,
 )
 from atproto_session.flights import Flight, Flights
+from atproto_session.launcher import start_thread
 from atproto_session.locks import ThreadLocks
 
 from .core import SOON, Gate, Worker, flight_of, wait_until
@@ -287,6 +289,25 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SessionError, match="no thread") as caught:
         flights.board("a", lambda flight: None)
     assert caught.value.retryable
+    assert not flights.under_way("a")
+
+
+def test_the_handler_of_a_signal_may_fetch_while_a_flight_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    flights: Flights[str] = Flights()
+    signals = [lambda: flights.board("a", lambda flight: "inner")[0]]
+    inner: list[Flight[str]] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        if signals:
+            inner.append(signals.pop()())
+        start_thread(thread)
+
+    monkeypatch.setattr("atproto_session.flights.start_thread", interrupted)
+    outer = Worker(lambda: flights.board("a", lambda flight: "outer")[0]).outcome()
+    assert isinstance(outer, Flight)
+    for flight, result in (outer, "outer"), (inner[0], "inner"):
+        flight.wait(time.monotonic() + SOON, None)
+        assert flight.result() == result
     assert not flights.under_way("a")
 
 
