@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 comma := ,
 empty :=
 CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
-    errors.py fork.py urls.py session.py keys.py launcher.py dpop.py flights.py \
+    errors.py _fork.py _urls.py session.py keys.py _launcher.py dpop.py _flights.py \
     locks/* stores/* cached_getter.py stored_sessions.py session_getter.py))
 
 .PHONY: help demo test lint soak fuzz bench clean

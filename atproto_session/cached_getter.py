@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from ._flights import Flight, Flights
 from .errors import LockTimeoutError, SessionError, StoreError, printable
-from .flights import Flight, Flights
 from .locks import Hold, Locks, ThreadLocks
 
 V = TypeVar("V")

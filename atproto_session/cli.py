@@ -12,6 +12,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``argv``, by default the one that this program was called with, and exit with its code."""
     if find_spec("click") is None:
         sys.exit("The command line needs an extra: pip install 'atproto-session[cli]'")
-    from .commands import program
+    from ._commands import program
 
     sys.exit(program.main(argv, prog_name="atproto-session"))

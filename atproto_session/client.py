@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from requests.auth import AuthBase
 
-from .adapter import HardenedAdapter
+from ._adapter import HardenedAdapter
 from .client_auth import negotiate
 from .discovery import Discovery, ServerMetadata
 from .dpop import NonceCache, challenge_of, generate_verifier

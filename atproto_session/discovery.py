@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ._urls import check_origin, check_url, origin
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import DiscoveryError, TransportError, printable
 from .stores import MemoryStore
 from .transport import Transport, UnusableResponse
-from .urls import check_origin, check_url, origin
 
 _CACHE_ENTRIES = 1000
 _PROTECTED_RESOURCE = "/.well-known/oauth-protected-resource"

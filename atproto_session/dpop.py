@@ -21,9 +21,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import jwt
 
-from .fork import reset_in_child
+from ._fork import reset_in_child
+from ._urls import origin
 from .keys import algorithm_of, load_private_key, public_jwk
-from .urls import origin
 
 _ALGORITHMS = {name: jwt.get_algorithm_by_name(name) for name in ("ES256", "ES256K")}
 

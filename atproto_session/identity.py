@@ -18,12 +18,12 @@ import dns.exception
 import dns.name
 import dns.resolver
 
-from .adapter import Spawned, spawn
+from ._adapter import Spawned, spawn
+from ._urls import check_url, is_host_name, origin
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import ClientMetadataError, IdentityError, TransportError, printable
 from .stores import MemoryStore
 from .transport import Transport, UnusableResponse
-from .urls import check_url, is_host_name, origin
 
 #: Top-level domains that are no part of the public DNS; ``.test`` is good in development.
 _RESERVED_DOMAINS = frozenset({"alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"})

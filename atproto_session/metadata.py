@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from ._urls import check_url, origin
 from .errors import ClientMetadataError, printable
 from .keys import Keyset
-from .urls import check_url, origin
 
 _SCOPE_TOKEN = r"[\x21\x23-\x5b\x5d-\x7e]+"  # noqa: S105 - RFC 6749 section 3.3 calls it that
 _SCOPE = re.compile(f"{_SCOPE_TOKEN}(?: {_SCOPE_TOKEN})*")

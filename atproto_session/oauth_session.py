@@ -13,12 +13,12 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.auth import AuthBase
 from requests.utils import rewind_body
 
+from ._urls import origin
 from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
 from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError, printable
 from .keys import load_private_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
-from .urls import origin
 
 _log = logging.getLogger("atproto_session")
 

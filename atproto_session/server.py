@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from ._urls import origin
 from .client_auth import authentication_params, resolve_stored
 from .discovery import Discovery, ServerMetadata
 from .dpop import Answer, NonceCache, dpop_flow, next_proof
@@ -20,7 +21,6 @@ from .keys import Keyset
 from .metadata import ClientMetadata
 from .session import ClientAuthMethod, Session, TokenSet
 from .transport import Response, Transport
-from .urls import origin
 
 #: The bound on one token request with all its tries, in seconds.
 ANSWER_WITHIN = 20.0

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, Protocol
 
+from ._flights import Flight
 from .errors import (
     AuthMethodUnsatisfiableError,
     LockTimeoutError,
@@ -29,7 +30,6 @@ from .errors import (
     TokenRefreshError,
     TransportError,
 )
-from .flights import Flight
 from .keys import load_private_key
 from .locks import Hold, LockKind, Locks
 from .session import Attempt, Freshness, Session, fault_in, subject_of

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+from ._flights import Flight, land_at_exit
 from .cached_getter import SharedGetter
 from .errors import (
     LockTimeoutError,
@@ -22,7 +23,6 @@ from .errors import (
     TokenRevokedError,
     printable,
 )
-from .flights import Flight, land_at_exit
 from .locks import Locks
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
 from .stores import SessionStore, complete

@@ -24,9 +24,9 @@ from urllib.parse import urljoin
 import requests
 from urllib3.exceptions import HTTPError
 
-from .adapter import Exchange, HardenedAdapter, Network, Refused, spawn
+from ._adapter import Exchange, HardenedAdapter, Network, Refused, spawn
+from ._urls import check_origin, check_url, origin
 from .errors import TransportError, printable
-from .urls import check_origin, check_url, origin
 
 __all__ = [
     "Exchange",

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from atproto_session import ClientAuthMethod, Session, TokenSet, server
+from atproto_session._flights import Flight
 from atproto_session.cached_getter import SharedGetter
-from atproto_session.flights import Flight
 from atproto_session.keys import generate_jwk
 
 DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"

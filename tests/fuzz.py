@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from atproto_session import ClientMetadata, Keyset, MemoryStore, OAuthCallbackError, OAuthClient, SessionError
+from atproto_session._urls import check_url, origin
 from atproto_session.discovery import parse_server_metadata
 from atproto_session.dpop import Answer, NonceCache, challenge_error
 from atproto_session.identity import check_did, check_handle, normalize_handle, parse_did_document
@@ -24,9 +25,8 @@ from atproto_session.keys import generate_jwk, load_private_key, public_jwk, thu
 from atproto_session.metadata import is_subset, parse_scope
 from atproto_session.server import AuthorizationServer
 from atproto_session.session import ClientAuthMethod, from_document, to_document
-from atproto_session.stores.document import Codec
+from atproto_session.stores.codec import Codec
 from atproto_session.transport import Response, Transport
-from atproto_session.urls import check_url, origin
 
 from .core import DID, make_session
 

@@ -16,7 +16,7 @@ import dns.message
 import dns.rcode
 import dns.rrset
 
-from atproto_session.adapter import Network
+from atproto_session._adapter import Network
 
 LOOPBACK = "127.0.0.1"
 

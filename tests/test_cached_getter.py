@@ -16,8 +16,8 @@ from atproto_session import (
     MemoryStore,
     SessionError,
 )
-from atproto_session.flights import Flight, Flights
-from atproto_session.launcher import start_thread
+from atproto_session._flights import Flight, Flights
+from atproto_session._launcher import start_thread
 from atproto_session.locks import ThreadLocks
 
 from .core import SOON, Gate, Worker, flight_of, wait_until
@@ -302,7 +302,7 @@ def test_the_handler_of_a_signal_may_fetch_while_a_flight_starts(monkeypatch: py
             inner.append(signals.pop()())
         start_thread(thread)
 
-    monkeypatch.setattr("atproto_session.flights.start_thread", interrupted)
+    monkeypatch.setattr("atproto_session._flights.start_thread", interrupted)
     outer = Worker(lambda: flights.board("a", lambda flight: "outer")[0]).outcome()
     assert isinstance(outer, Flight)
     for flight, result in (outer, "outer"), (inner[0], "inner"):

@@ -32,7 +32,7 @@ from atproto_session import (
     TokenRevokedError,
     TransportError,
 )
-from atproto_session.flights import Flight
+from atproto_session._flights import Flight
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from .core import SOON, Worker, wait_until

@@ -25,7 +25,7 @@ import requests
 
 import atproto_session
 from atproto_session import ClientMetadata, Keyset, OAuthClient, OAuthSession, SessionError
-from atproto_session.fork import ForkAware
+from atproto_session._fork import ForkAware
 from atproto_session.keys import generate_jwk
 from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, LocalNetwork

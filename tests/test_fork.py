@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import requests
 
-from atproto_session import adapter, fork
-from atproto_session.adapter import HardenedAdapter, Network
+from atproto_session import _adapter, _fork
+from atproto_session._adapter import HardenedAdapter, Network
 from atproto_session.errors import LockTimeoutError, StoreError
 from atproto_session.locks import FileLocks, Locks, ThreadLocks
 from atproto_session.session import Session
-from atproto_session.stores import FullStore, JSONStore, MemoryStore, SQLiteStore, connections, open_store, sqlite
+from atproto_session.stores import FullStore, JSONStore, MemoryStore, SQLiteStore, _connections, open_store, sqlite
 from atproto_session.testing.contracts import DID, make_session
 
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
@@ -318,22 +318,22 @@ def test_connections_that_no_fork_has_announced_are_kept_and_never_used(tmp_path
     (connection,) = pool._idle
     pool.reset_after_fork()
     try:
-        assert connections._inherited == [connection]
+        assert _connections._inherited == [connection]
         with pytest.raises(StoreError, match="forked"):
             store.get(DID)
         store.close()
         assert connection.execute("SELECT count(*) FROM sessions").fetchone() == (1,)
     finally:
-        connections._inherited.remove(connection)
-        connections._inherited_paths.remove(store._database.path)
+        _connections._inherited.remove(connection)
+        _connections._inherited_paths.remove(store._database.path)
         connection.close()
 
 
 def test_a_fork_waits_for_a_database_that_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, pausing = sqlite._create, threading.Event()
-    pause = connections.Connections.pause_for_fork
+    pause = _connections.Connections.pause_for_fork
 
-    def noticed(pool: connections.Connections) -> None:
+    def noticed(pool: _connections.Connections) -> None:
         pausing.set()
         pause(pool)
 
@@ -356,7 +356,7 @@ def test_a_fork_waits_for_a_database_that_is_being_opened(tmp_path: Path, monkey
             store.set(DID, make_session())
             return store.get(DID) == make_session()
 
-    monkeypatch.setattr(connections.Connections, "pause_for_fork", noticed)
+    monkeypatch.setattr(_connections.Connections, "pause_for_fork", noticed)
     with another_thread(open_slowly) as go_on:
         threading.Thread(target=let_go_on, args=(go_on,)).start()
         assert in_child(use)
@@ -435,12 +435,12 @@ def names() -> Iterator[Names]:
 
 @pytest.mark.parametrize("timeout", [None, SOON])
 def test_a_fork_waits_for_a_look_up(timeout: float | None, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter._look_ups, "_patience", SOON)
+    monkeypatch.setattr(_adapter._look_ups, "_patience", SOON)
     with ThreadPoolExecutor(2) as threads:
         looking = threads.submit(names.look_up, timeout)
         assert names.asked.wait(SOON)
         forked = threads.submit(in_child, lambda: names.look_up(timeout))
-        wait_until(lambda: adapter._look_ups._pausing)
+        wait_until(lambda: _adapter._look_ups._pausing)
         with pytest.raises(TimeoutError):
             forked.result(0.1)
         names.answer.set()
@@ -451,18 +451,18 @@ def test_a_fork_waits_for_a_look_up(timeout: float | None, names: Names, monkeyp
 def test_no_look_up_begins_while_a_fork_happens(names: Names) -> None:
     names.answer.set()
     with ThreadPoolExecutor(1) as threads:
-        adapter._look_ups.pause_for_fork()
+        _adapter._look_ups.pause_for_fork()
         try:
             looking = threads.submit(names.look_up)
             assert not names.asked.wait(0.1)
         finally:
-            adapter._look_ups.resume_after_fork()
+            _adapter._look_ups.resume_after_fork()
         assert "no address" in looking.result(SOON)
 
 
 def test_a_fork_waits_for_a_look_up_only_so_long(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a DNS server that does not answer, it would be too long."""
-    monkeypatch.setattr(adapter._look_ups, "_patience", 0.01)
+    monkeypatch.setattr(_adapter._look_ups, "_patience", 0.01)
 
     def look_up() -> str:
         names.answer = threading.Event()  # the parent's is of no use here
@@ -499,9 +499,9 @@ class Recorder:
 def test_who_is_told_of_a_fork() -> None:
     events: list[str] = []
     paused, aware, dropped = (Recorder(events, name) for name in ("paused", "aware", "dropped"))
-    fork.pause_at_fork(paused)
-    fork.reset_in_child(aware)
-    fork.reset_in_child(dropped)
+    _fork.pause_at_fork(paused)
+    _fork.reset_in_child(aware)
+    _fork.reset_in_child(dropped)
     del dropped
     assert sorted(in_child(lambda: events)) == ["pause paused", "reset aware", "reset paused"]
     assert events == ["pause paused", "resume paused"]
@@ -510,7 +510,7 @@ def test_who_is_told_of_a_fork() -> None:
 def test_forks_of_two_threads_come_one_after_the_other() -> None:
     events: list[str] = []
     recorder = Recorder(events, "it")
-    fork.pause_at_fork(recorder)
+    _fork.pause_at_fork(recorder)
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda number: in_child(lambda: number), range(8))) == list(range(8))
     assert events == ["pause it", "resume it"] * 8
@@ -524,7 +524,7 @@ def test_a_pause_that_fails_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     events: list[str] = []
     failing = Failing(events, "it")
-    fork.pause_at_fork(failing)
+    _fork.pause_at_fork(failing)
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     assert in_child(lambda: True)
     assert in_child(lambda: True)
@@ -542,12 +542,12 @@ def test_a_register_that_grows_while_it_is_read_is_read_again() -> None:
             return super().__iter__()
 
     recorder = Recorder([], "it")
-    assert fork.copy_of(Growing([recorder])) == [recorder]
+    assert _fork.copy_of(Growing([recorder])) == [recorder]
 
 
 def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "register_at_fork")
-    assert "reset_in_child" in runpy.run_path(fork.__file__)
+    assert "reset_in_child" in runpy.run_path(_fork.__file__)
 
 
 def test_json_stores_need_no_pause(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atproto_session.adapter import LOOKUP_THREAD
+from atproto_session._adapter import LOOKUP_THREAD
 from atproto_session.errors import ClientMetadataError, IdentityError, LockTimeoutError
 from atproto_session.identity import (
     Identity,

@@ -16,12 +16,12 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "fork", "urls"],
-    ["session", "keys", "launcher"],
-    ["dpop", "locks", "flights"],
+    ["errors", "_fork", "_urls"],
+    ["session", "keys", "_launcher"],
+    ["dpop", "locks", "_flights"],
     ["stores"],
     ["cached_getter"],
-    ["stored_sessions", "adapter"],
+    ["stored_sessions", "_adapter"],
     ["session_getter"],
     ["transport"],
     ["identity"],
@@ -31,7 +31,7 @@ FLOORS = [
     ["client"],
     ["testing"],
     ["demo"],
-    ["commands"],
+    ["_commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from atproto_session import launcher
-from atproto_session.launcher import carry_out, start_thread
+from atproto_session import _launcher
+from atproto_session._launcher import carry_out, start_thread
 
 from .core import SOON, wait_until
 
@@ -45,8 +45,8 @@ def test_orders_are_carried_out_as_long_as_it_is_needed() -> None:
 
 
 def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = launcher._Launcher()
-    monkeypatch.setattr(launcher, "_PATIENCE", 0.01)
+    lost = _launcher._Launcher()
+    monkeypatch.setattr(_launcher, "_PATIENCE", 0.01)
     lost._latest = "one that died"
     ran = threading.Event()
     lost.start(threading.Thread(target=ran.set))
@@ -55,12 +55,12 @@ def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_launcher_that_was_replaced_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[Callable[[], bool]] = []
-    monkeypatch.setattr(launcher, "_PATIENCE", 0.001)
-    monkeypatch.setattr(launcher, "carry_out", lambda orders, is_needed: needed.append(is_needed))
-    late = launcher._Launcher()
+    monkeypatch.setattr(_launcher, "_PATIENCE", 0.001)
+    monkeypatch.setattr(_launcher, "carry_out", lambda orders, is_needed: needed.append(is_needed))
+    late = _launcher._Launcher()
     with pytest.raises(RuntimeError, match="in time"):
         late.start(threading.Thread())
-    wait_until(lambda: len(needed) == launcher._TRIES)
+    wait_until(lambda: len(needed) == _launcher._TRIES)
     late._latest = None
     assert all(is_needed() for is_needed in needed), "no other is there"
     late._latest = "another"
@@ -68,10 +68,10 @@ def test_a_launcher_that_was_replaced_leaves(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_launcher_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_PATIENCE", 0.001)
-    monkeypatch.setattr(launcher, "carry_out", lambda orders, is_needed: None)
+    monkeypatch.setattr(_launcher, "_PATIENCE", 0.001)
+    monkeypatch.setattr(_launcher, "carry_out", lambda orders, is_needed: None)
     with pytest.raises(RuntimeError, match="in time"):
-        launcher._Launcher().start(threading.Thread())
+        _launcher._Launcher().start(threading.Thread())
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

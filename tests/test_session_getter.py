@@ -32,11 +32,11 @@ from atproto_session import (
     TokenRevokedError,
     TokenSet,
     TransportError,
-    flights,
+    _flights,
     session_getter,
 )
-from atproto_session.flights import Flight
-from atproto_session.launcher import start_thread
+from atproto_session._flights import Flight
+from atproto_session._launcher import start_thread
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt
 
@@ -1484,8 +1484,8 @@ def test_a_signals_handler_may_close_what_is_just_begun(monkeypatch: pytest.Monk
         rig.getter.close()  # as a handler would, of a signal that comes at this moment
         start(thread)
 
-    monkeypatch.setattr(flights, "_START_WITHIN", 0.01)
-    monkeypatch.setattr(flights, "start_thread", interrupted)
+    monkeypatch.setattr(_flights, "_START_WITHIN", 0.01)
+    monkeypatch.setattr(_flights, "start_thread", interrupted)
     assert rig.get().token_set.access_token == "access-2"
 
 
@@ -1501,7 +1501,7 @@ def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.Monke
         thread.join(SOON)
 
     rig = Rig(expired_session())
-    monkeypatch.setattr(flights, "start_thread", start_and_wait)
+    monkeypatch.setattr(_flights, "start_thread", start_and_wait)
     assert rig.get().token_set.access_token == "access-2"
     assert not rig.getter._flights.under_way(DID)
     assert rig.get(True).token_set.access_token == "access-3"
@@ -1510,14 +1510,14 @@ def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.Monke
 @pytest.fixture
 def the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes to its end in this test alone."""
-    monkeypatch.setattr(flights, "_landing", weakref.WeakSet())
-    monkeypatch.setattr(flights, "_pools", weakref.WeakSet())
-    monkeypatch.setattr(flights, "_ending", False)
+    monkeypatch.setattr(_flights, "_landing", weakref.WeakSet())
+    monkeypatch.setattr(_flights, "_pools", weakref.WeakSet())
+    monkeypatch.setattr(_flights, "_ending", False)
 
 
 @pytest.mark.usefixtures("the_end")
 def test_at_the_end_of_the_program_a_signal_does_not_end_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Here, where it can be measured that all of it runs; in programs that really end, see tests/test_interrupts.py.
+    # Here, where it can be measured that all of it runs; in programs that really end, see tests/topics.
     rig, gate = Rig(expired_session()), Gate()
     land, struck = Flight.land, iter((True, False))
 
@@ -1531,11 +1531,11 @@ def test_at_the_end_of_the_program_a_signal_does_not_end_the_waiting(monkeypatch
     rig.authority.on_send = gate
     refresh = Worker(rig.get)
     gate.wait_until_reached()
-    flights._land_all()
+    _flights._land_all()
     assert rig.stored is not None
     assert rig.stored.token_set.access_token == "access-2"
     assert refresh.outcome() == rig.stored
-    flights._land_all()
+    _flights._land_all()
 
 
 @pytest.mark.usefixtures("the_end")
@@ -1547,12 +1547,12 @@ def test_the_program_does_not_wait_at_its_end_for_what_never_ends(monkeypatch: p
             closed.set()
 
     pool = Pool()
-    flights.close_at_exit(pool)
-    monkeypatch.setattr(flights, "_LAND_WITHIN", 0.0)
+    _flights.close_at_exit(pool)
+    monkeypatch.setattr(_flights, "_LAND_WITHIN", 0.0)
     rig.authority.on_send = gate
     refresh = Worker(rig.get)
     gate.wait_until_reached()
-    flights._land_all()
+    _flights._land_all()
     assert closed.is_set()
     refused = Worker(lambda: rig.getter.set_stored(f"{DID}#other", make_session(7)))
     with pytest.raises(SessionError, match="the program is ending") as caught:
@@ -1576,7 +1576,7 @@ def test_a_log_in_for_which_no_thread_can_be_started_is_revoked(monkeypatch: pyt
         raise RuntimeError("can't start new thread")
 
     rig = Rig()
-    monkeypatch.setattr(flights, "start_thread", start)
+    monkeypatch.setattr(_flights, "start_thread", start)
     with pytest.raises(SessionError, match="no thread"):
         rig.getter.set_stored(DID, make_session())
     assert rig.authority.revoked == ["refresh-1"]

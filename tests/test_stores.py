@@ -41,7 +41,7 @@ from atproto_session.stores import (
     open_store,
     rotate_encryption,
 )
-from atproto_session.stores.document import Codec
+from atproto_session.stores.codec import Codec
 from atproto_session.testing.contracts import DID, HOSTILE_KEYS, SharedStoreContract, StoreContract, make_session
 
 from .core import PlainStore

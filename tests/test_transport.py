@@ -23,7 +23,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atproto_session.adapter import Exchange, HardenedAdapter, Network, spawn
+from atproto_session._adapter import Exchange, HardenedAdapter, Network, spawn
 from atproto_session.errors import TransportError
 from atproto_session.transport import Response, Transport, UnusableResponse
 
@@ -703,7 +703,7 @@ def test_exchanges_of_different_threads_are_apart() -> None:
 def test_a_forked_child_uses_no_connection_of_its_parent() -> None:
     program = """
 import os, sys, requests
-from atproto_session.adapter import HardenedAdapter
+from atproto_session._adapter import HardenedAdapter
 http = requests.Session()
 http.mount("http://", HardenedAdapter(allow_http=True))
 url = sys.argv[1]

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atproto_session.urls import check_origin, check_url, is_host_name, is_public_address, is_public_or_loopback, origin
+from atproto_session._urls import (
+    check_origin,
+    check_url,
+    is_host_name,
+    is_public_address,
+    is_public_or_loopback,
+    origin,
+)
 
 
 @pytest.mark.duty(42)

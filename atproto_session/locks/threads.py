@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .._fork import reset_in_child
 from ..errors import CancelledError, LockTimeoutError, printable
-from ..fork import reset_in_child
 from . import LockKind
 
 #: How often a waiting thread looks at ``cancel``, in seconds: a lock and an event cannot be waited for together.

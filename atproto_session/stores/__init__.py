@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import Locks
 from ..session import Session, TokenSet
-from .completed import CompletedStore, MappingStore, filled_in_for
-from .document import Codec, EncryptionKeys
+from ._completed import CompletedStore, MappingStore, filled_in_for
+from .codec import Codec, EncryptionKeys
 from .jsonfile import JSONStore
 from .memory import MemoryStore
 from .sqlite import SQLiteStore
@@ -84,15 +84,14 @@ class FullStore(SessionStore, Protocol):
     @property
     def logins(self) -> Logins: ...
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None, /) -> bool:
-        """Compare-and-set: store ``session`` if what is stored holds the tokens of ``expected``, in one step that no
-        other write can come between.
-
-        Tokens are compared (:meth:`.TokenSet.has_same_tokens`), not the whole record: a successor of the tokens that
-        were looked at is newer than whatever else has changed beside them.
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None, /) -> bool:
+        """Compare-and-set: store ``session`` if the record is still the ``expected`` one, in one step that no other
+        write can come between.
 
         :param session: ``None`` deletes.
-        :param expected: ``None`` stores only where there is nothing.
+        :param expected: a :class:`.TokenSet`: the record holds these tokens (:meth:`.TokenSet.has_same_tokens`),
+            whatever else is recorded beside them. A :class:`.Session`: it also holds this attempt, or none if this has
+            none. ``None``: there is no record.
         :returns: whether it was done.
         :raises StoreError: the store, or the record that is stored, cannot be read or written.
         """

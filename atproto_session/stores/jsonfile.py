@@ -18,7 +18,7 @@ from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
 from ..locks.files import make_private
 from ..session import Session, TokenSet
-from .document import Codec, EncryptionKeys
+from .codec import Codec, EncryptionKeys
 from .memory import holds
 
 #: How long a write waits for another one to the same account, in seconds.
@@ -65,7 +65,7 @@ class JSONStore:
         with self._files.writing(path):
             self._files.write(path, data)
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         """Compare-and-set; see :meth:`.FullStore.replace`."""
         data = None if session is None else self._codec.encode(key, session)
         path = _path_of(key)

@@ -8,19 +8,20 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from ..fork import reset_in_child
+from .._fork import reset_in_child
 from ..locks import LockKind, ThreadLocks
 from ..session import Session, TokenSet
 
 V = TypeVar("V")
 
 
-def holds(stored: Session | None, expected: TokenSet | None) -> bool:
-    """The comparison in every compare-and-set: whether ``stored`` holds the tokens of ``expected``, both being absent
-    included."""
+def holds(stored: Session | None, expected: Session | TokenSet | None) -> bool:
+    """The comparison in every compare-and-set; see :meth:`.FullStore.replace`."""
     if stored is None or expected is None:
         return stored is None and expected is None
-    return stored.token_set.has_same_tokens(expected)
+    if isinstance(expected, TokenSet):
+        return stored.token_set.has_same_tokens(expected)
+    return stored.token_set.has_same_tokens(expected.token_set) and stored.attempt == expected.attempt
 
 
 class MemoryStore(Generic[V]):
@@ -60,7 +61,9 @@ class MemoryStore(Generic[V]):
         with self._mutex:
             self._set(key, value)
 
-    def replace(self: MemoryStore[Session], key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(
+        self: MemoryStore[Session], key: str, session: Session | None, expected: Session | TokenSet | None
+    ) -> bool:
         """Compare-and-set; see :meth:`.FullStore.replace`."""
         with self._mutex:
             if not holds(self._values.get(key), expected):

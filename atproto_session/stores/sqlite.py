@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from .._flights import close_at_exit
 from ..errors import LockTimeoutError, StoreError
-from ..flights import close_at_exit
 from ..locks import FileLocks
 from ..locks.files import make_private
 from ..session import Session, TokenSet
-from .connections import Connection, Connections
-from .document import Codec, EncryptionKeys
+from ._connections import Connection, Connections
+from .codec import Codec, EncryptionKeys
 from .memory import holds
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class SQLiteStore:
         data = self._codec.encode(key, session)
         self._database.write(lambda connection: _put(connection, key, data))
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         """Compare-and-set; see :meth:`.FullStore.replace`."""
         data = None if session is None else self._codec.encode(key, session)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 
 from atproto_session import Session
-from atproto_session.stores.document import Codec, EncryptionKeys
+from atproto_session.stores.codec import Codec, EncryptionKeys
 
 
 class ItemStore:

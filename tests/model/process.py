@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from atproto_session import Freshness, Session, SessionGetter, TokenSet
+from atproto_session._flights import Flight, Flights
 from atproto_session.errors import LockTimeoutError, OAuthResponseError, SessionError, StoreError, TransportError
-from atproto_session.flights import Flight, Flights
 from atproto_session.locks import LockKind
 
 from ..core import SOON

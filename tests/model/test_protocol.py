@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 
 from atproto_session import SessionGetter
+from atproto_session._flights import Flight
 from atproto_session.cached_getter import SharedGetter
-from atproto_session.flights import Flight
 from atproto_session.stores import FullStore
 
 from .protocol import Protocol

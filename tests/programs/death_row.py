@@ -33,7 +33,7 @@ from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, 
 from atproto_session.locks.files import _FileHold
 from atproto_session.server import AccountAuthority
 from atproto_session.stores import FullStore, open_store, rotate_encryption
-from atproto_session.stores.connections import Connection
+from atproto_session.stores._connections import Connection
 
 T = TypeVar("T")
 

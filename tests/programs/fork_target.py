@@ -1,4 +1,4 @@
-"""What the children of :mod:`tests.test_forks` do, however they were made."""
+"""What the children of :mod:`tests.topics.test_forks` do, however they were made."""
 
 from __future__ import annotations
 

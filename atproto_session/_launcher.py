@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from .fork import reset_in_child
+from ._fork import reset_in_child
 
 #: How long to wait for the launcher before another one is made, in seconds, and how often.
 _PATIENCE = 0.5

@@ -39,8 +39,8 @@ from atproto_session import (
 )
 from atproto_session.testing.network import LocalNetwork, Response
 
-from .core import SOON, Worker, an_answer_within, wait_until
-from .loopback import closed_port
+from ..core import SOON, Worker, an_answer_within, wait_until
+from ..loopback import closed_port
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
 OTHER_DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"

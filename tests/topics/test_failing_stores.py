@@ -48,10 +48,10 @@ from atproto_session.session import Attempt
 from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .core import DID, SOON, FakeAuthority, Worker, expired_session
-from .programs.store_scene import GET_SESSION, INSTANTS, Scene, Steps, WatchedStore, present, tokens_of
+from ..core import DID, SOON, FakeAuthority, Worker, expired_session
+from ..programs.store_scene import GET_SESSION, INSTANTS, Scene, Steps, WatchedStore, present, tokens_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Place:

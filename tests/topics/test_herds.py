@@ -12,7 +12,7 @@ import pytest
 from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
-from .crew import Crew
+from ..crew import Crew
 
 ROUNDS = 20
 

@@ -32,10 +32,10 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
+from ._fork import Turns, reset_in_child
+from ._launcher import start_thread
+from ._urls import is_public_address, is_public_or_loopback
 from .errors import TransportError
-from .fork import Turns, reset_in_child
-from .launcher import start_thread
-from .urls import is_public_address, is_public_or_loopback
 
 T = TypeVar("T")
 

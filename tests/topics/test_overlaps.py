@@ -31,8 +31,8 @@ from atproto_session import (
 from atproto_session.locks import FileLocks
 from atproto_session.testing.network import LocalNetwork, Request, Response
 
-from .core import SOON
-from .programs.store_scene import GET_SESSION, INSTANTS, PROCESSED, SENT, Pause, Scene, present, tokens_of
+from ..core import SOON
+from ..programs.store_scene import GET_SESSION, INSTANTS, PROCESSED, SENT, Pause, Scene, present, tokens_of
 
 
 @pytest.fixture(params=["json", "sqlite"])

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+from .._fork import reset_in_child
 from ..errors import SessionError, StoreError, printable
-from ..fork import reset_in_child
 from ..locks import Locks, ThreadLocks
 from ..session import Session, TokenSet
 from .memory import MemoryLogins, holds
@@ -90,7 +90,7 @@ class CompletedStore:
         with self._writing(key):
             self._delete(key)
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         """Compare-and-set; atomic between the threads of this process, unless the store does better."""
         if self._has_replace:
             return bool(self._call("written", self._store.replace, key, session, expected))

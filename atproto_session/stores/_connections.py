@@ -13,8 +13,8 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from .._fork import Turns
 from ..errors import StoreError
-from ..fork import Turns
 
 #: More idle connections than this are closed.
 _MOST_IDLE = 8

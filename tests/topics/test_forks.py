@@ -29,18 +29,18 @@ from typing import Any
 import jwt
 import pytest
 
-from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, fork
+from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, _fork
 from atproto_session.dpop import generate_verifier, proof
 from atproto_session.keys import generate_jwk, load_private_key
 from atproto_session.locks import ThreadLocks
-from atproto_session.stores import SQLiteStore, connections, open_store
+from atproto_session.stores import SQLiteStore, _connections, open_store
 from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.faults import Fault
 
-from .core import DID, KEY, SOON, Gate, Worker, wait_until
-from .crew import ROOT
-from .programs import fork_target
-from .worker import GET_SESSION
+from ..core import DID, KEY, SOON, Gate, Worker, wait_until
+from ..crew import ROOT
+from ..programs import fork_target
+from ..worker import GET_SESSION
 
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -448,7 +448,7 @@ def test_a_fork_waits_for_a_connection_that_is_being_made(tmp_path: Path, monkey
         pool = store._database._connections
         connect, gate, waiting = pool._connect, Gate(), threading.Event()
 
-        def make() -> connections.Connection:
+        def make() -> _connections.Connection:
             connection = connect()
             gate()
             return connection
@@ -458,7 +458,7 @@ def test_a_fork_waits_for_a_connection_that_is_being_made(tmp_path: Path, monkey
             time.sleep(seconds)
 
         monkeypatch.setattr(pool, "_connect", make)
-        monkeypatch.setattr(fork, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        monkeypatch.setattr(_fork, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
         reading = Worker(lambda: store.get(DID))
         gate.wait_until_reached()
         forking = Worker(lambda: in_child(lambda: open_files(url)))

@@ -29,8 +29,8 @@ from atproto_session.stores import FullStore
 from atproto_session.testing.contracts import DID, make_session
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .core import SOON, Worker
-from .crew import Crew
+from ..core import SOON, Worker
+from ..crew import Crew
 
 OLD, NEW, OTHER = (Fernet.generate_key().decode() for _ in range(3))
 BOB = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb"

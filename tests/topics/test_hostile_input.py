@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .fuzz import TARGETS, attack
+from ..fuzz import TARGETS, attack
 
 
 @pytest.mark.duty(42, 43)

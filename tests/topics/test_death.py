@@ -36,8 +36,8 @@ from atproto_session.stores import open_store, rotate_encryption
 from atproto_session.testing.network import LocalNetwork
 from atproto_session.testing.network.wire import ConnectionCut, Request, Response
 
-from .core import DID, KEY, SOON, make_tokens, wait_until
-from .crew import ROOT
+from ..core import DID, KEY, SOON, make_tokens, wait_until
+from ..crew import ROOT
 
 #: How many processes all the tests of this file kill, at least. The exact number depends on how many steps there are.
 KILLS_AT_LEAST = 350

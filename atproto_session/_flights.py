@@ -17,9 +17,9 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
+from ._fork import copy_of, reset_in_child
+from ._launcher import start_thread
 from .errors import CancelledError, LockTimeoutError, SessionError
-from .fork import copy_of, reset_in_child
-from .launcher import start_thread
 
 T = TypeVar("T")
 U = TypeVar("U")

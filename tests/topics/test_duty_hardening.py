@@ -36,7 +36,7 @@ from atproto_session import (
     TransportError,
     open_store,
 )
-from atproto_session.adapter import HardenedAdapter, Network
+from atproto_session._adapter import HardenedAdapter, Network
 from atproto_session.client_auth import resolve_stored
 from atproto_session.discovery import parse_server_metadata
 from atproto_session.dpop import NonceCache
@@ -48,10 +48,10 @@ from atproto_session.stores import complete
 from atproto_session.testing.network import Account, LocalNetwork, Response
 from atproto_session.transport import Transport
 
-from .core import DID, FakeAuthority, make_session
-from .fuzz import DID_DOCUMENT, ISSUER, SERVER_METADATA
-from .loopback import LOOPBACK, ScriptedServer, answer, read_request
-from .test_transport import Proxy
+from ..core import DID, FakeAuthority, make_session
+from ..fuzz import DID_DOCUMENT, ISSUER, SERVER_METADATA
+from ..loopback import LOOPBACK, ScriptedServer, answer, read_request
+from ..test_transport import Proxy
 
 PDS_HOST = "pds.example.com"
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "requests_ca_bundle", "curl_ca_bundle")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .soak import Options, main, soak
+from ..soak import Options, main, soak
 
 
 @pytest.mark.duty(35)

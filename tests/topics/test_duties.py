@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .duties import DOCUMENT, DUTIES, proofs, table
+from ..duties import DOCUMENT, DUTIES, proofs, table
 
 
 def test_every_duty_has_a_test_and_every_mark_a_duty() -> None:

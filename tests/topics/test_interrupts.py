@@ -21,8 +21,8 @@ import pytest
 from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
-from .core import SOON, Worker
-from .crew import ROOT
+from ..core import SOON, Worker
+from ..crew import ROOT
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
 #: How long a process is watched for ending before it may, in seconds. A library that lets it passes no test by luck:
