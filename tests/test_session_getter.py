@@ -147,7 +147,7 @@ class FailingStore(MemoryStore[Session]):
         self._maybe_fail("set")
         super().set(key, value)
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         self._maybe_fail("replace")
         return super().replace(key, session, expected)
 
@@ -758,7 +758,7 @@ class MeddledStore(MemoryStore[Session]):
 
     meddle: Any = None
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         done = super().replace(key, session, expected)
         if session is not None and session.attempt is not None and self.meddle is not None:
             meddle, self.meddle = self.meddle, None
@@ -924,7 +924,7 @@ def test_a_store_that_fails_for_a_moment_is_tried_again() -> None:
 
 def test_a_store_that_stored_and_said_otherwise() -> None:
     class Liar(FailingStore):
-        def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+        def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
             done = MemoryStore.replace(self, key, session, expected)
             self._maybe_fail("replace")
             return done
@@ -954,7 +954,7 @@ def test_a_record_that_never_holds_still() -> None:
     rig = Rig(expired_session(), store)
     count = iter(range(100))
 
-    def disturb(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def disturb(key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         store.set(DID, replace(expired_session(), token_set=make_tokens(1, access_token=f"other-{next(count)}")))
         return False
 
@@ -1048,7 +1048,7 @@ def test_a_log_out_ends_the_grant_however_often_it_is_refreshed_meanwhile() -> N
     rig = Rig(make_session(), store)
     replace_ = MemoryStore.replace
 
-    def refreshed_first(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def refreshed_first(key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         del store.replace
         store.set(DID, make_session(2))
         return replace_(store, key, session, expected)
@@ -1063,7 +1063,7 @@ def test_a_log_out_leaves_a_log_in_that_came_after_it() -> None:
     rig = Rig(make_session(), store)
     newer = make_session(dpop_key=OTHER_KEY, token_set=make_tokens(9))
 
-    def logged_in_first(key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def logged_in_first(key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         store.set(DID, newer)
         return MemoryStore.replace(store, key, session, expected)
 
@@ -1188,7 +1188,7 @@ class OwnFullStore:
     def set(self, key: str, session: Session) -> None:
         self._call("set", key, session)
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         return self._call("replace", key, session, expected)  # type: ignore[no-any-return]
 
     def delete(self, key: str) -> None:

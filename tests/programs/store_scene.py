@@ -117,7 +117,7 @@ class WatchedStore:
         self._store.set(key, session)
         self._steps.come_to("after set")
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         step = "delete" if session is None else "store" if session.attempt is None else "attempt"
         self._steps.come_to(step)
         done = self._store.replace(key, session, expected)

@@ -70,7 +70,7 @@ def main() -> None:
         disk = Disk(client)
         replace = store.replace
 
-        def noted(key: str, session: Session | None, expected: TokenSet | None, /) -> bool:
+        def noted(key: str, session: Session | None, expected: Session | TokenSet | None, /) -> bool:
             try:
                 return replace(key, session, expected)
             except StoreError:
