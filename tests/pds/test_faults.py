@@ -464,7 +464,7 @@ def test_a_refusal_that_comes_after_a_log_in_does_not_end_it(
     assert_works(client, did)
 
 
-def brings_new_tokens(session: Session | None, expected: TokenSet | None) -> bool:
+def brings_new_tokens(session: Session | None, expected: Session | TokenSet | None) -> bool:
     return session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
 
 
@@ -479,7 +479,7 @@ class SlowStarter(SQLiteStore):
         self.failures = 0
         self._stores_nevertheless = stores_nevertheless
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         has_new_tokens = (
             session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
         )
@@ -508,7 +508,7 @@ def test_a_store_that_fails_once_is_asked_again(
 class FullDisk(SQLiteStore):
     """Takes attempts, and nothing with new tokens in it."""
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         if brings_new_tokens(session, expected):
             raise StoreError("the disk is full")
         return super().replace(key, session, expected)
