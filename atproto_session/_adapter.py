@@ -33,7 +33,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from ._fork import Turns, reset_in_child
-from ._launcher import start_thread
+from ._threads import start_thread
 from ._urls import is_public_address, is_public_or_loopback
 from .errors import TransportError
 

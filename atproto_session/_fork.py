@@ -1,12 +1,16 @@
-"""State that must not cross ``fork()``.
+"""What happens when the process forks, and when it ends.
 
 A forked child inherits the parent's locks as they stood, without the threads that would release them, and its
-connections, which the parent goes on using. Whatever holds such state registers here: it is told in the child, before
-any other code of it runs, to start clean, and where that is not enough, in the parent beforehand, to come to rest.
+connections, which the parent goes on using. What holds such state registers here. It is told in the child, before any
+other code of it runs, to start clean, and where that is not enough, in the parent beforehand, to come to rest.
+
+A program may end while a refresh is under way. What is not committed then is abandoned, the moment the main thread has
+ended; what is committed is waited for.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -136,3 +140,75 @@ def copy_of(items: Collection[T]) -> list[T]:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_reset_all)
+
+
+# The end of the program
+
+#: How long the end of the program waits for what was sent, in seconds: for an answer, and for a store that takes its
+#: time. The times of a refresh are shorter (see refresh.Times).
+_LAND_WITHIN = 330.0
+
+
+class Airborne(Protocol):
+    def abandon(self, why: str) -> None:
+        """Stop what can still be stopped."""
+        ...
+
+    def land(self, deadline: float) -> bool:
+        """Wait for the rest. Whether there was any."""
+        ...
+
+
+class Pool(Protocol):
+    def close_idle(self) -> None: ...
+
+
+_airborne: weakref.WeakSet[Airborne] = weakref.WeakSet()
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_ending = False
+
+
+def land_at_end(airborne: Airborne) -> None:
+    """Have the interpreter wait at its end for what is committed there, and abandon the rest."""
+    _airborne.add(airborne)
+
+
+def close_at_end(pool: Pool) -> None:
+    """Have what is idle in ``pool`` closed at the end of the interpreter, when everything has landed."""
+    _pools.add(pool)
+
+
+def is_ending() -> bool:
+    """Whether the main thread has ended."""
+    return _ending
+
+
+def _end() -> None:
+    """Called when the main thread has ended, and again by ``atexit``: the first time may be cut short by a signal."""
+    global _ending  # noqa: PLW0603 - there is one end
+    _ending = True
+    deadline = time.monotonic() + _LAND_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            for airborne in copy_of(_airborne):
+                airborne.abandon("the program is ending")
+            if not any(airborne.land(deadline) for airborne in copy_of(_airborne)):
+                break
+        except BaseException:  # noqa: BLE001, S112 - a signal, which has ended all that it can
+            continue
+
+
+# Twice: a signal that is pending when the interpreter comes to it is raised before its first line.
+@atexit.register
+@atexit.register
+def _end_at_exit() -> None:
+    """Exit handlers of the application may have begun a flight since the main thread ended, and may wait for it."""
+    _end()
+    for pool in copy_of(_pools):
+        pool.close_idle()
+
+
+# Before the interpreter waits for threads, where CPython offers it (as concurrent.futures uses it): otherwise threads
+# of the application that never end would keep what is not committed alive.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_end)

@@ -1,6 +1,6 @@
 """A getter with a cache that never does the same work twice at a time: look, lock, look again, fetch, store.
 
-It serves whatever is expensive to get: sessions (:mod:`.session_getter` builds on it), server metadata, identities.
+It serves what is expensive to get: server metadata, identities, and what a program has of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ._flights import Flight, Flights
 from .errors import LockTimeoutError, SessionError, StoreError, printable
-from .locks import Hold, Locks, ThreadLocks
+from .locks import Locks, ThreadLocks
 
 V = TypeVar("V")
 
@@ -40,100 +40,7 @@ class GetOptions:
     cancel: threading.Event | None = None
 
 
-class SharedGetter(Generic[V]):
-    """What every getter over a store does the same way: at most one fetch for a key at a time, whoever asks.
-
-    :param store: anything with ``get``, ``set`` and ``delete``.
-    :param locks: by default those of the store, or else locks between the threads of this process.
-    :param timeout: how long a caller waits by default, in seconds.
-    """
-
-    def __init__(self, store: Cache[V], *, locks: Locks | None = None, timeout: float = 30.0) -> None:
-        self._cache = store
-        if locks is None:
-            locks = getattr(store, "locks", None)
-        self._locks: Locks = ThreadLocks() if locks is None else locks
-        self._timeout = timeout
-        self._flights: Flights[V] = Flights()
-
-    def close(self) -> None:
-        """Wait until nothing is being fetched. Nothing is fetched afterwards: what needs that raises
-        :class:`.SessionError`."""
-        self._flights.close()
-
-    def _get(
-        self,
-        key: str,
-        is_good: Callable[[V | None], bool],
-        fetch: Callable[[V | None, Hold, Flight[V]], V],
-        *,
-        timeout: float | None,
-        cancel: threading.Event | None,
-        at_once: bool = False,
-        suits: Callable[[V], bool],
-    ) -> V:
-        """Lock, look again, fetch: the value for ``key`` that ``is_good``, or a new one.
-
-        :param at_once: wait for nobody else: raise :exc:`LockTimeoutError` if another has the lock.
-        :param suits: whether what another has fetched will do: it may be from before this call.
-
-        Whoever finds another's fetch under way takes its result, if that suits. If it failed, the error was its own
-        caller's, and this one looks and tries for itself.
-        """
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-
-        def work(flight: Flight[V]) -> V:
-            patience = 0.0 if at_once else max(0.0, deadline - time.monotonic())
-            with self._hold(key, patience, flight) as hold:
-                stored = self._cache.get(key)
-                if is_good(stored):
-                    return stored  # type: ignore[return-value]  # a good value is a V
-                value = fetch(stored, hold, flight)
-                flight.fetched = True
-                return value
-
-        while True:
-            flight, own = self._flights.board(key, work)
-            if at_once and not own:
-                raise LockTimeoutError(f"{key} is being fetched by another thread")
-            self._wait(flight, deadline, cancel, own=own)
-            if own or (flight.succeeded and flight.fetched and suits(flight.result())):
-                return flight.result()
-            stored = self._cache.get(key)
-            if is_good(stored):
-                return stored  # type: ignore[return-value]  # a good value is a V
-            if time.monotonic() >= deadline:
-                raise LockTimeoutError(f"{key} was not ready in time")
-
-    @contextmanager
-    def _hold(self, key: str, timeout: float, flight: Flight[Any]) -> Iterator[Hold]:
-        """The lock of ``key``. Locks may be the user's own: what goes wrong with them is a StoreError, and no reason to
-        lose what was done under them."""
-        with ExitStack() as stack:
-            try:
-                hold = stack.enter_context(self._locks.hold(key, timeout=timeout, cancel=flight.abandoned))
-            except SessionError:
-                raise
-            except Exception as error:
-                raise StoreError(f"the lock of {printable(key)} cannot be used: {type(error).__name__}") from error
-            try:
-                yield hold
-            finally:
-                try:
-                    stack.close()
-                except Exception as error:  # noqa: BLE001
-                    _log.warning("the lock of %s was not released: %s", key, type(error).__name__)
-
-    def _wait(self, flight: Flight[Any], deadline: float, cancel: threading.Event | None, *, own: bool) -> None:
-        try:
-            flight.wait(deadline, cancel)
-        except BaseException:
-            if own:
-                flight.abandon()
-            raise
-
-
-class CachedGetter(SharedGetter[V]):
+class CachedGetter(Generic[V]):
     """Values by key: from the store while they are good, else fetched by at most one caller at a time.
 
     :param getter: ``getter(key, options, stored_value)`` returns a new value. It runs in a thread of its own, and what
@@ -146,6 +53,8 @@ class CachedGetter(SharedGetter[V]):
     :param delete_on_error: ``delete_on_error(error, key, stored_value)`` says whether an error of the getter means that
         the stored value has to go. Default: no.
     :param timeout: how long a caller waits by default, in seconds.
+    :param share_failures: the error of a failed fetch reaches all who waited for it. Without it, the others try for
+        themselves, one after the other. The end of the program does not wait for such a fetch.
     """
 
     def __init__(
@@ -158,8 +67,15 @@ class CachedGetter(SharedGetter[V]):
         on_store_error: Callable[[Exception, str, V], None] | None = None,
         delete_on_error: Callable[[Exception, str, V | None], bool] | None = None,
         timeout: float = 30.0,
+        share_failures: bool = False,
     ) -> None:
-        super().__init__(store, locks=locks, timeout=timeout)
+        self._cache = store
+        if locks is None:
+            locks = getattr(store, "locks", None)
+        self._locks: Locks = ThreadLocks() if locks is None else locks
+        self._timeout = timeout
+        self._share_failures = share_failures
+        self._flights: Flights[V] = Flights(most=64)
         self._getter = getter
         self._is_stale = is_stale or (lambda key, value: False)
         self._on_store_error = on_store_error or _log_store_error
@@ -192,13 +108,63 @@ class CachedGetter(SharedGetter[V]):
         if is_good(stored):
             return stored  # type: ignore[return-value]  # a good value is a V
         options = GetOptions(no_cache, allow_stale, timeout, cancel)
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
 
-        def fetch(stored: V | None, hold: Hold, flight: Flight[V]) -> V:
-            flight.commit()
-            return self._fetch(key, options, stored)
+        def work(flight: Flight[V]) -> V:
+            with self._lock(flight, deadline):
+                stored = self._cache.get(key)
+                if is_good(stored):
+                    return stored  # type: ignore[return-value]  # a good value is a V
+                if not self._share_failures:
+                    flight.commit()
+                flight.has_fetched = True
+                return self._fetch(key, options, stored)
 
-        # To have been fetched is enough: what is stale at once would be fetched by one caller after the other else.
-        return self._get(key, is_good, fetch, timeout=timeout, cancel=cancel, suits=lambda value: True)
+        while True:
+            flight, is_mine = self._flights.board(key, work, deadline=deadline)
+            try:
+                value = flight.wait(deadline, cancel)
+            except Exception:
+                is_over = flight.landed.is_set()
+                if is_mine or not is_over or self._share_failures:
+                    raise
+            else:
+                # To have been fetched is enough: otherwise what is stale at once would be fetched by one caller after
+                # the other.
+                if is_mine or flight.has_fetched:
+                    return value
+            stored = self._cache.get(key)
+            if is_good(stored):
+                return stored  # type: ignore[return-value]  # a good value is a V
+            if time.monotonic() >= deadline:
+                raise LockTimeoutError(f"{printable(key)} was not ready in time")
+
+    def close(self) -> None:
+        """Wait until nothing is being fetched. Nothing is fetched afterwards: what needs that raises
+        :class:`.SessionError`."""
+        self._flights.close()
+
+    @contextmanager
+    def _lock(self, flight: Flight[V], deadline: float) -> Iterator[None]:
+        """The lock of the key. Locks may be the user's own: what goes wrong with them is a StoreError, and no reason to
+        lose what was done under them."""
+        with ExitStack() as stack:
+            timeout = max(0.0, deadline - time.monotonic())
+            try:
+                stack.enter_context(self._locks.hold(flight.key, timeout=timeout, cancel=flight.cancel))
+            except SessionError:
+                raise
+            except Exception as error:
+                raise StoreError(
+                    f"the lock of {printable(flight.key)} cannot be used: {type(error).__name__}"
+                ) from error
+            try:
+                yield
+            finally:
+                try:
+                    stack.close()
+                except Exception as error:  # noqa: BLE001
+                    _log.warning("the lock of %s was not released: %s", printable(flight.key), type(error).__name__)
 
     def _fetch(self, key: str, options: GetOptions, stored: V | None) -> V:
         try:

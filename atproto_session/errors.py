@@ -27,7 +27,7 @@ All errors can be pickled, so they survive the way from one process to another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -38,7 +38,8 @@ def printable(text: str, limit: int = 120) -> str:
     return shown if len(text) <= limit else f"{shown}..."
 
 
-def _rebuild(cls: type[SessionError], message: str, state: dict[str, Any]) -> SessionError:
+def rebuild(cls: type[SessionError], message: str, state: dict[str, Any]) -> SessionError:
+    """An error made from its parts."""
     error = cls.__new__(cls, message)
     error.args = (message,)
     error.__dict__.update(state)
@@ -51,11 +52,15 @@ class SessionError(Exception):
     :ivar retryable: nothing was lost; the same call may succeed later.
     :ivar retry_after: seconds to wait before that, where the server said so, else ``None``.
     :ivar login_required: the account has to log in again: as a rule, since the session is gone.
+    :ivar did: the account, where the error is about a session, or ``None``.
+    :ivar session_id: which of the account's sessions, where it has several, or ``None``.
     """
 
     login_required: ClassVar[bool] = False
     retryable: bool = False
     retry_after: float | None = None
+    did: str | None = None
+    session_id: str | None = None
 
     def __init__(self, message: str, *, retryable: bool | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -64,9 +69,15 @@ class SessionError(Exception):
         if retry_after is not None:
             self.retry_after = retry_after
 
+    def about(self, key: str) -> Self:
+        """This error, as one about the session that is stored under ``key``."""
+        self.did, _, session_id = key.partition("#")
+        self.session_id = session_id or None
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way calls cls(*args) again, which no constructor with keywords survives.
-        return _rebuild, (type(self), str(self), self.__dict__.copy())
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class SessionNotFoundError(SessionError):
@@ -80,13 +91,24 @@ class TokenRefreshError(SessionError):
     (``invalid_grant``, RFC 6749 section 5.2), or the record itself cannot be refreshed.
 
     :ivar answer_lost: the answer to an earlier refresh never arrived, so the token had most likely been used up then.
+    :ivar error: the OAuth error code of the server, or ``None`` where no server spoke.
+    :ivar error_description: the server's own words, or ``None``.
     """
 
     login_required = True
 
-    def __init__(self, message: str, *, answer_lost: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        answer_lost: bool = False,
+        error: str | None = None,
+        error_description: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.answer_lost = answer_lost
+        self.error = error
+        self.error_description = error_description
 
 
 class TokenRevokedError(SessionError):

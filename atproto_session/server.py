@@ -180,16 +180,16 @@ class AccountAuthority:
             )
         return pds
 
-    def prepare(self, session: Session) -> Callable[[], Session]:
+    def prepare(self, session: Session) -> Callable[[Session], Session]:
         """See :meth:`.Authority.prepare`."""
         tokens = session.token_set
         aud = self.audience(tokens.sub, tokens.iss)
         server = self._server_of(self._discovery.metadata(tokens.iss))
         method = resolve_stored(session.auth_method, self._client, self._keyset, server.metadata)
 
-        def send() -> Session:
-            issued = server.refresh(session, method)
-            return replace(session, auth_method=method, token_set=replace(issued, aud=aud))
+        def send(spent: Session) -> Session:
+            issued = server.refresh(spent, method)
+            return replace(spent, auth_method=method, token_set=replace(issued, aud=aud))
 
         return send
 

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NoReturn
 
@@ -68,11 +68,13 @@ class Attempt:
     """The trace of a refresh request that may have left and whose answer has not been stored. Never holds a token.
 
     :ivar id: tells this attempt from every other.
-    :ivar by: the worker that made it (host, process), for people who read the store.
+    :ivar by: the worker that made it: its host, its machine's boot, its process and when that was started.
     :ivar started_at: when, seconds since the epoch.
-    :ivar answer_by: until when its answer can still come, seconds since the epoch.
+    :ivar answer_by: until when its answer can still come, seconds since the epoch. A worker that waits for an answer
+        moves it on.
     :ivar answers_lost: how many attempts on the same refresh token ended without an answer before this one.
     :ivar lock: the lock under which it was made (:attr:`.Hold.lock`).
+    :ivar is_over: its worker has given up; no answer will come.
     """
 
     id: str
@@ -81,6 +83,25 @@ class Attempt:
     answer_by: float
     answers_lost: int = 0
     lock: str = ""
+    is_over: bool = False
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A refresh failed, and the server is left alone for a while.
+
+    :ivar until: for how long, seconds since the epoch.
+    :ivar failures: how many refreshes have failed one after the other.
+    :ivar error: the name of the error's class.
+    :ivar message: its text, which holds no secret.
+    :ivar details: its attributes: strings, numbers, booleans and ``None``.
+    """
+
+    until: float
+    failures: int
+    error: str
+    message: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ReadOnly(dict[str, Any]):
@@ -103,8 +124,11 @@ class Session:
     :ivar dpop_key: the private ES256 JWK that the tokens are bound to (RFC 9449). A log-in makes a new one, a refresh
         keeps it, so two records with the same key belong to the same grant.
     :ivar auth_method: how the client authenticates, or ``None`` in documents from before that was recorded.
-    :ivar attempt: a refresh that may have been sent and is not accounted for, else ``None``.
-    :ivar refresh_not_before: the authorization server asked to be left alone until then, seconds since the epoch.
+    :ivar attempt: a refresh that may have been sent and is not accounted for, or ``None``.
+    :ivar rest: why, and until when, the authorization server is not asked again, or ``None``.
+    :ivar client_id: the client that got the session, and the only one that can refresh it; ``None`` where that was not
+        recorded (``@atproto/oauth-client-node`` does not).
+    :ivar began_at: when the account logged in, seconds since the epoch, where known.
     :ivar refreshed_at: when the tokens were stored, seconds since the epoch, where known.
     :ivar after_lost_answer: the refresh that brought these tokens followed one whose answer was lost. Should the server
         come to that other request only now, it will take it for a replay.
@@ -114,7 +138,9 @@ class Session:
     auth_method: ClientAuthMethod | None
     token_set: TokenSet
     attempt: Attempt | None = None
-    refresh_not_before: float | None = None
+    rest: Rest | None = None
+    client_id: str | None = None
+    began_at: float | None = None
     refreshed_at: float | None = None
     after_lost_answer: bool = False
 
@@ -125,13 +151,6 @@ class Session:
     def is_same_grant(self, other: Session) -> bool:
         """Whether both come from the same log-in."""
         return all(self.dpop_key.get(name) == other.dpop_key.get(name) for name in ("crv", "x", "y"))
-
-    def with_attempt(self, attempt: Attempt | None, *, refresh_not_before: float | None = None) -> Session:
-        """A copy with this attempt, or without one.
-
-        :param refresh_not_before: that of the copy.
-        """
-        return replace(self, attempt=attempt, refresh_not_before=refresh_not_before)
 
 
 @dataclass(frozen=True)
@@ -183,7 +202,7 @@ class Freshness:
 
     def is_stale(self, token_set: TokenSet) -> bool:
         """Whether the access token is worth refreshing."""
-        left = self._seconds_left(token_set)
+        left = self.seconds_left(token_set)
         # The random number is drawn only where it can decide: most reads are of tokens with a long life ahead.
         if left is None or left >= self.margin + self.jitter:
             return False
@@ -191,10 +210,11 @@ class Freshness:
 
     def is_expired(self, token_set: TokenSet) -> bool:
         """Whether the access token's time has come; ``False`` where the server did not say when it does."""
-        left = self._seconds_left(token_set)
+        left = self.seconds_left(token_set)
         return left is not None and left <= 0
 
-    def _seconds_left(self, token_set: TokenSet) -> float | None:
+    def seconds_left(self, token_set: TokenSet) -> float | None:
+        """How long the access token still lives; ``None`` where the server did not say."""
         return None if token_set.expires_at is None else token_set.expires_at.timestamp() - self.clock()
 
 
@@ -238,27 +258,38 @@ def to_document(key: str, session: Session) -> dict[str, Any]:
         "token_type": tokens.token_type,
         "expires_at": None if tokens.expires_at is None else _to_iso(tokens.expires_at),
     }
-    own: dict[str, Any] = {"version": DOCUMENT_VERSION, "key": key}
-    if session.refreshed_at is not None:
-        own["refreshedAt"] = session.refreshed_at
-    if session.refresh_not_before is not None:
-        own["refreshNotBefore"] = session.refresh_not_before
-    if session.after_lost_answer:
-        own["afterLostAnswer"] = True
-    if (attempt := session.attempt) is not None:
-        own["attempt"] = {
+    attempt, rest = session.attempt, session.rest
+    own = {
+        "version": DOCUMENT_VERSION,
+        "key": key,
+        "clientId": session.client_id,
+        "beganAt": session.began_at,
+        "refreshedAt": session.refreshed_at,
+        "afterLostAnswer": session.after_lost_answer or None,
+        "attempt": attempt
+        and {
             "id": attempt.id,
             "by": attempt.by,
             "startedAt": attempt.started_at,
             "answerBy": attempt.answer_by,
             "answersLost": attempt.answers_lost,
             "lock": attempt.lock,
-        }
+            "isOver": attempt.is_over,
+        },
+        "rest": rest
+        and {
+            "until": rest.until,
+            "failures": rest.failures,
+            "error": rest.error,
+            "message": rest.message,
+            "details": dict(rest.details),
+        },
+    }
     document: dict[str, Any] = {"dpopJwk": dict(session.dpop_key)}
     if (method := session.auth_method) is not None:
         document["authMethod"] = {"method": method.method} | ({} if method.kid is None else {"kid": method.kid})
     document["tokenSet"] = {name: value for name, value in token_set.items() if value is not None}
-    document[_OWN_MEMBER] = own
+    document[_OWN_MEMBER] = {name: value for name, value in own.items() if value is not None}
     return document
 
 
@@ -290,7 +321,9 @@ def from_document(key: str, document: object) -> Session:
             expires_at=None if expires_at is None else _from_iso(expires_at),
         ),
         attempt=_attempt(own.get("attempt")),
-        refresh_not_before=_number(own, "refreshNotBefore"),
+        rest=_rest(own.get("rest")),
+        client_id=None if own.get("clientId") is None else _text(own, "clientId"),
+        began_at=_number(own, "beganAt"),
         refreshed_at=_number(own, "refreshedAt"),
         after_lost_answer=own.get("afterLostAnswer") is True,
     )
@@ -319,6 +352,20 @@ def _attempt(value: object) -> Attempt | None:
         answer_by=_number(members, "answerBy") or 0.0,
         answers_lost=int(_number(members, "answersLost") or 0),
         lock=_text(members, "lock") if members.get("lock") else "",
+        is_over=members.get("isOver") is True,
+    )
+
+
+def _rest(value: object) -> Rest | None:
+    if value is None:
+        return None
+    members = _mapping(value, "rest")
+    return Rest(
+        until=_number(members, "until") or 0.0,
+        failures=int(_number(members, "failures") or 0),
+        error=_text(members, "error"),
+        message=_text(members, "message"),
+        details=_mapping(members.get("details", {}), "details"),
     )
 
 

@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from atproto_session import ClientAuthMethod, Session, TokenSet, server
+from atproto_session import CachedGetter, ClientAuthMethod, Session, SessionGetter, TokenSet, server
 from atproto_session._flights import Flight
-from atproto_session.cached_getter import SharedGetter
 from atproto_session.keys import generate_jwk
+from atproto_session.terms import Times
 
 DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
 KEY = generate_jwk()
 OTHER_KEY = generate_jwk()
 #: For what has to happen and does, in seconds: generous, since it only passes when a test fails.
 SOON = 30.0
+#: The times of a refresh, for tests that come to their end.
+QUICK = Times(window=15.0, store_for=0.2, look_again=0.01, patience=0.01, first_rest=0.0, longest_rest=0.0)
 
 
 def make_tokens(number: int = 1, *, lifetime: float | None = 3600.0, **members: object) -> TokenSet:
@@ -57,17 +59,16 @@ class FakeAuthority:
         the answer.
     """
 
-    answer_within: float = 5.0
     on_prepare: Callable[[Session], object] | None = None
     on_send: Callable[[Session], Session | None] | None = None
     spent: Counter[str] = field(default_factory=Counter)
     revoked: list[str] = field(default_factory=list)
     revocation_error: Exception | None = None
 
-    def prepare(self, session: Session) -> Callable[[], Session]:
+    def prepare(self, session: Session) -> Callable[[Session], Session]:
         if self.on_prepare is not None:
             self.on_prepare(session)
-        return lambda: self._send(session)
+        return self._send
 
     def _send(self, session: Session) -> Session:
         token = session.token_set.refresh_token or ""
@@ -165,7 +166,9 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def flight_of(getter: SharedGetter[Any], key: str = DID) -> Flight[Any]:
+def flight_of(getter: SessionGetter | CachedGetter[Any], key: str = DID) -> Flight[Any]:
     """The flight for ``key``, once it is registered."""
-    wait_until(lambda: getter._flights.under_way(key))
-    return getter._flights._joinable[key]
+    wait_until(lambda: getter._flights.get(key))
+    flight = getter._flights.get(key)
+    assert flight is not None
+    return flight

@@ -17,7 +17,7 @@ from atproto_session import (
     SessionError,
 )
 from atproto_session._flights import Flight, Flights
-from atproto_session._launcher import start_thread
+from atproto_session._threads import start_thread
 from atproto_session.locks import ThreadLocks
 
 from .core import SOON, Gate, Worker, flight_of, wait_until
@@ -138,7 +138,7 @@ def test_the_lock_is_followed_by_another_look(source: Source, store: MemoryStore
     getter = CachedGetter(source, store, locks=locks)
     with locks.hold("a", timeout=0):
         worker = Worker(lambda: getter.get("a"))
-        wait_until(lambda: getter._flights.under_way("a"))
+        wait_until(lambda: getter._flights.get("a"))
         store.set("a", "from elsewhere")
     assert worker.outcome() == "from elsewhere"
     assert source.calls == []
@@ -159,7 +159,7 @@ def test_a_caller_who_leaves_before_the_fetch_prevents_it(source: Source, store:
     getter = CachedGetter(source, store, locks=locks)
     with locks.hold("a", timeout=0):
         worker = Worker(lambda: getter.get("a", cancel=cancel))
-        wait_until(lambda: getter._flights.under_way("a"))
+        wait_until(lambda: getter._flights.get("a"))
         cancel.set()
         with pytest.raises(CancelledError):
             worker.outcome()

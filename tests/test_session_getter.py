@@ -33,16 +33,16 @@ from atproto_session import (
     TokenSet,
     TransportError,
     _flights,
-    session_getter,
 )
 from atproto_session._flights import Flight
-from atproto_session._launcher import start_thread
+from atproto_session._threads import start_thread
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt
 
 from .core import (
     DID,
     OTHER_KEY,
+    QUICK,
     SOON,
     FakeAuthority,
     Gate,
@@ -67,7 +67,7 @@ class Rig:
         if session is not None:
             self.store.set(DID, session)
         self.authority = FakeAuthority()
-        self.getter = SessionGetter(self.store, self.authority, **options)
+        self.getter = SessionGetter(self.store, self.authority, **{"times": QUICK, **options})
         self.events: list[SessionUpdatedEvent | SessionDeletedEvent] = []
         self.getter.on_updated(self.events.append)
         self.getter.on_deleted(self.events.append)
@@ -152,12 +152,6 @@ class FailingStore(MemoryStore[Session]):
         return super().replace(key, session, expected)
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_getter, "_PATIENCE", 0.01)
-    monkeypatch.setattr(session_getter, "_STORE_PAUSES", (0.001, 0.001, 0.001))
-
-
 # Reading
 
 
@@ -193,7 +187,7 @@ def test_a_session_that_vanishes_before_the_lock_is_had() -> None:
     rig = Rig(expired_session(), locks=locks)
     with locks.hold(DID, timeout=0):
         worker = Worker(rig.get)
-        wait_until(lambda: rig.getter._flights.under_way(DID))
+        wait_until(lambda: rig.getter._flights.get(DID))
         rig.store.delete(DID)
     with pytest.raises(SessionNotFoundError):
         worker.outcome()
@@ -279,7 +273,7 @@ def test_two_getters_over_one_store_refresh_once() -> None:
     first = Worker(rig.get)
     gate.wait_until_reached()
     second = Worker(lambda: other.get_session(DID))
-    wait_until(lambda: other._flights.under_way(DID))
+    wait_until(lambda: other._flights.get(DID))
     gate.open()
     assert first.outcome() == second.outcome()
     assert rig.authority.sends == 1
@@ -293,7 +287,7 @@ def test_what_was_just_refreshed_is_good_even_if_it_lives_short() -> None:
     first = Worker(rig.get)
     gate.wait_until_reached()
     second = Worker(lambda: other.get_session(DID))
-    wait_until(lambda: other._flights.under_way(DID))
+    wait_until(lambda: other._flights.get(DID))
     gate.open()
     assert first.outcome() == second.outcome()
     assert rig.authority.sends == 1
@@ -1120,7 +1114,7 @@ def test_listeners_are_told_after_the_lock_is_released() -> None:
 
     def listener(event: SessionUpdatedEvent) -> None:
         with locks.hold(DID, timeout=0):
-            free.append(not rig.getter._flights.under_way(DID))
+            free.append(not rig.getter._flights.get(DID))
 
     rig.getter.on_updated(listener)
     rig.get()
@@ -1503,7 +1497,7 @@ def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.Monke
     rig = Rig(expired_session())
     monkeypatch.setattr(_flights, "start_thread", start_and_wait)
     assert rig.get().token_set.access_token == "access-2"
-    assert not rig.getter._flights.under_way(DID)
+    assert not rig.getter._flights.get(DID)
     assert rig.get(True).token_set.access_token == "access-3"
 
 

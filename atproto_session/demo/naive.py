@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ..locks import LockKind
 from ..session import Attempt, Session, TokenSet
@@ -38,13 +39,13 @@ class NaiveStore:
 
     def get(self, key: str) -> Session | None:
         session = self._store.get(key)
-        return None if session is None else session.with_attempt(self._attempt)
+        return None if session is None else replace(session, attempt=self._attempt)
 
     def set(self, key: str, session: Session) -> None:
         self._attempt = session.attempt
-        self._store.set(key, session.with_attempt(None))
+        self._store.set(key, replace(session, attempt=None))
 
-    def replace(self, key: str, session: Session | None, expected: TokenSet | None) -> bool:
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         if session is None:
             self._store.delete(key)
         elif session.attempt is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from .._flights import close_at_exit
+from .._fork import close_at_end
 from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
 from ..locks.files import make_private
@@ -171,7 +171,7 @@ class _Database:
             raise self._failure(error) from error
         self.close = weakref.finalize(self, self._connections.close)
         self.close.atexit = False
-        close_at_exit(self._connections)  # when what is under way at the end of the program is stored
+        close_at_end(self._connections)  # when what is under way at the end of the program is stored
 
     def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
         return self._use(lambda connection: connection.execute(sql, parameters).fetchall())

@@ -29,7 +29,7 @@ import pytest
 
 from ..errors import CancelledError, LockTimeoutError, StoreError
 from ..locks import LockKind, Locks
-from ..session import Attempt, ClientAuthMethod, Session, TokenSet
+from ..session import Attempt, ClientAuthMethod, Rest, Session, TokenSet
 from ..stores import FullStore
 
 T = TypeVar("T")
@@ -123,7 +123,14 @@ class StoreContract:
             replace(make_session(), token_set=replace(make_session().token_set, refresh_token=None, expires_at=None)),
             replace(make_session(), attempt=Attempt("a1", "host:12", 1750000000.25, 1750000030.5, answers_lost=2)),
             replace(
-                make_session(), refresh_not_before=1750000000.5, refreshed_at=1749999999.125, after_lost_answer=True
+                make_session(),
+                rest=Rest(
+                    1750000000.5, 2, "TransportError", "cannot reach it", {"sent": False, "status": 0, "code": None}
+                ),
+                client_id="https://app.example.com/client.json",
+                began_at=1740000000.0,
+                refreshed_at=1749999999.125,
+                after_lost_answer=True,
             ),
         ],
         ids=["full", "legacy", "public", "no refresh token", "attempt", "times"],

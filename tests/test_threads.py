@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from atproto_session import _launcher
-from atproto_session._launcher import carry_out, start_thread
+from atproto_session._threads import carry_out, start_thread
 
 from .core import SOON, wait_until
 

@@ -1,0 +1,170 @@
+"""Does the steps of a protocol: over a store, locks, an authorization server and real time."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from . import steps
+from ._flights import Flight
+from ._threads import Promise, spawn
+from ._worker import life_of, this_worker
+from .errors import SessionError, StoreError, TransportError, printable
+from .locks import Hold, Locks
+from .records import log
+from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent
+from .stores import FullStore
+
+T = TypeVar("T")
+Event = SessionUpdatedEvent | SessionDeletedEvent
+
+
+class Authority(Protocol):
+    """The authorization server of a session."""
+
+    def prepare(self, session: Session) -> steps.Request:
+        """Find the server and verify that it still speaks for the account, spending nothing. The function that is
+        returned spends the refresh token of the session that it is given, and returns the successor."""
+        ...
+
+    def revoke(self, session: Session) -> None:
+        """End the grant of ``session`` at its server (RFC 7009)."""
+        ...
+
+
+@dataclass(frozen=True)
+class World:
+    """What the steps are done with.
+
+    :ivar clock: seconds since the epoch.
+    :ivar lock_within: how long a lock is waited for, in seconds.
+    :ivar answer_every: how long a request is waited for before it is said that no answer has come yet, in seconds.
+    """
+
+    store: FullStore
+    locks: Locks
+    authority: Authority
+    clock: Callable[[], float]
+    lock_within: float
+    answer_every: float
+    listeners: dict[type[Any], list[Callable[[Any], None]]] = field(
+        default_factory=lambda: {SessionUpdatedEvent: [], SessionDeletedEvent: []}
+    )
+
+    def revoke(self, session: Session) -> bool:
+        """Whether the grant of ``session`` was ended at its server."""
+        try:
+            self.authority.revoke(session)
+        except Exception as error:  # noqa: BLE001 - there is nobody left to whom it would matter
+            why = error if isinstance(error, SessionError) else type(error).__name__
+            log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, why)
+            return False
+        return True
+
+
+def drive(flight: Flight[T], protocol: steps.Protocol[T], world: World) -> T:
+    """Carry ``protocol`` out in ``flight``. Its lock is released at the end, whatever the end is."""
+    driver = _Driver(flight, world)
+    try:
+        step = next(protocol)
+        while True:
+            try:
+                outcome = driver.do(step)
+            except Exception as error:  # noqa: BLE001 - it is the protocol that knows what it means
+                step = protocol.throw(error)
+            else:
+                step = protocol.send(outcome)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        driver.unlock()
+
+
+class _Driver:
+    def __init__(self, flight: Flight[Any], world: World) -> None:
+        self._flight = flight
+        self._key = flight.key
+        self._world = world
+        self._lock = ExitStack()
+        self._hold: Hold | None = None
+        self._answer: Promise[Session] = Promise()
+        self._is_sent = False
+
+    def do(self, step: steps.Step) -> Any:  # noqa: PLR0911, PLR0912 - a case for each step
+        world = self._world
+        match step:
+            case steps.Read():
+                return world.store.get(self._key)
+            case steps.Replace(session, expected):
+                return world.store.replace(self._key, session, expected)
+            case steps.Overwrite(session):
+                return world.store.delete(self._key) if session is None else world.store.set(self._key, session)
+            case steps.Lock(waits):
+                return self._take_lock(world.lock_within if waits else 0.0)
+            case steps.Unlock():
+                return self.unlock()
+            case steps.Extend(seconds):
+                return self._hold is not None and self._hold.extend(seconds)
+            case steps.Now():
+                return world.clock()
+            case steps.Sign():
+                now = world.clock()
+                return Attempt(uuid.uuid4().hex, this_worker(), now, now)
+            case steps.LifeOf(by):
+                return life_of(by)
+            case steps.Wait(seconds):
+                return time.sleep(seconds) if self._is_sent else self._flight.sleep(seconds)
+            case steps.Prepare(session):
+                return world.authority.prepare(session)
+            case steps.Commit():
+                return self._flight.commit()
+            case steps.Send(request, session):
+                return self._send(partial(request, session))
+            case steps.Await():
+                return self._await()
+            case steps.HandOut(session):
+                return self._flight.hand_out(session)
+            case steps.Revoke(session):
+                return world.revoke(session)
+            case steps.Tell(event):
+                for listener in list(world.listeners[type(event)]):
+                    self._flight.afterwards(partial(listener, event))
+                return None
+            case _:
+                raise TypeError(f"{step} is no step")
+
+    def _take_lock(self, within: float) -> str:
+        """Locks may be the user's own: what goes wrong with them is a StoreError."""
+        self.unlock()
+        try:
+            lock = self._world.locks.hold(self._key, timeout=within, cancel=self._flight.cancel)
+            self._hold = self._lock.enter_context(lock)
+        except SessionError:
+            raise
+        except Exception as error:
+            raise StoreError(f"the lock of {printable(self._key)} cannot be used: {type(error).__name__}") from error
+        return getattr(self._hold, "lock", "")
+
+    def unlock(self) -> None:
+        self._hold = None
+        try:
+            self._lock.close()
+        except Exception as error:  # noqa: BLE001 - no reason to lose what was done under it
+            log.warning("the lock of %s was not released: %s", printable(self._key), type(error).__name__)
+
+    def _send(self, request: Callable[[], Session]) -> Session | None:
+        self._is_sent = True
+        try:
+            # In a thread of its own, so that this one can tell the others meanwhile that it lives.
+            self._answer = spawn(request, f"atproto_session request {self._key}")
+        except RuntimeError as error:
+            raise TransportError("no thread can be started for the request; nothing was sent") from error
+        return self._await()
+
+    def _await(self) -> Session | None:
+        return self._answer.result() if self._answer.wait(self._world.answer_every) else None

@@ -1,0 +1,141 @@
+"""What changes a record beside a refresh: a log-in, a log-out, a session that its server refuses.
+
+Protocols as in :mod:`.refresh`. Every change is a compare-and-set: what is deleted or replaced is what was looked at,
+and nothing newer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from . import steps
+from .errors import (
+    LockTimeoutError,
+    SessionError,
+    SessionNotFoundError,
+    StoreError,
+    TokenRefreshError,
+    printable,
+)
+from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
+from .steps import Protocol
+
+log = logging.getLogger("atproto_session")
+
+
+def found(key: str, session: Session | None) -> Session:
+    """``session``, which was read under ``key``.
+
+    :raises SessionNotFoundError: there is none, or it is not one of this account.
+    """
+    if session is None:
+        raise SessionNotFoundError(f"no session is stored for {printable(key)}; log in first")
+    if session.token_set.sub != subject_of(key):
+        raise SessionNotFoundError(f"what is stored for {printable(key)} is a session of another account; log in again")
+    return session
+
+
+def check_client(key: str, session: Session, client_id: str | None) -> None:
+    """
+    :raises TokenRefreshError: another client got the session. To refresh or revoke it would end it. It is kept.
+    """
+    if None not in (session.client_id, client_id) and session.client_id != client_id:
+        raise TokenRefreshError(
+            f"the session {printable(key)} was given to the client {printable(session.client_id or '', 300)}, and this "
+            f"is {printable(client_id or '', 300)}: use it with that client, or log in again with this one"
+        )
+
+
+def log_in(key: str, session: Session) -> Protocol[None]:
+    """Store the session of a new log-in in the place of what is there. The grant that it replaces is ended.
+
+    :raises StoreError: it cannot be stored; it has been revoked.
+    """
+    yield from _lock(key)
+    began_at = yield steps.Now()
+    session = replace(session, attempt=None, rest=None, began_at=began_at, refreshed_at=began_at)
+    try:
+        replaced = yield from _put(session)
+    except Exception:
+        yield steps.Revoke(session)
+        raise
+    yield steps.Tell(updated(key, session))
+    yield steps.Unlock()
+    is_ours = replaced is not None and replaced.client_id in (None, session.client_id)
+    if replaced is not None and is_ours and not replaced.is_same_grant(session):
+        yield steps.Revoke(replaced)
+
+
+def _put(session: Session) -> Protocol[Session | None]:
+    """Store ``session`` and bring what was there."""
+    while True:
+        try:
+            current = yield steps.Read()
+        except StoreError:  # what cannot be read is replaced as well
+            yield steps.Overwrite(session)
+            return None
+        if (yield steps.Replace(session, current and current.token_set)):
+            return current  # type: ignore[no-any-return]
+
+
+def log_out(key: str, cause: BaseException, client_id: str | None, *, revoke: bool) -> Protocol[None]:
+    """Delete what is stored, however often it is refreshed meanwhile, and end its grant if that is wanted.
+
+    :raises TokenRefreshError: it is another client's; it is kept.
+    """
+    yield from _lock(key)
+    yield steps.Commit()
+    last: Session | None = None
+    while True:
+        try:
+            current = yield steps.Read()
+        except StoreError:  # its owner wants it gone, readable or not
+            yield steps.Overwrite(None)
+            break
+        if current is None or (last is not None and not current.is_same_grant(last)):
+            current = None
+            break
+        check_client(key, current, client_id)
+        last = current
+        if (yield steps.Replace(None, current.token_set)):
+            break
+    if last is None or current is not None:
+        yield steps.Tell(SessionDeletedEvent(key, cause))
+    yield steps.Unlock()
+    if revoke and last is not None:
+        yield steps.Revoke(last)
+
+
+def end(key: str, session: Session, cause: SessionError) -> Protocol[None]:
+    """Delete ``session``, whose server refuses the tokens that it has just issued, and end its grant there. What has
+    come since stays."""
+    yield from _lock(key)
+    yield steps.Commit()
+    is_deleted = yield from remove(key, session, cause)
+    yield steps.Unlock()
+    if is_deleted:
+        yield steps.Revoke(session)
+
+
+def remove(key: str, session: Session, cause: SessionError) -> Protocol[bool]:
+    """Delete ``session``, unless something newer is stored. Brings whether that was done."""
+    current = yield steps.Read()
+    if current is None or not current.is_same_grant(session):
+        return False
+    if not (yield steps.Replace(None, session.token_set)):
+        return False
+    yield steps.Tell(SessionDeletedEvent(key, cause))
+    return True
+
+
+def updated(key: str, session: Session) -> SessionUpdatedEvent:
+    return SessionUpdatedEvent(key, session.dpop_key, session.auth_method, session.token_set)
+
+
+def _lock(key: str) -> Protocol[None]:
+    """The account's lock, if it can be had. A refresh that finds the record changed without it takes that for final."""
+    try:
+        yield steps.Lock()
+    except (LockTimeoutError, StoreError) as error:
+        log.warning("%s changes without its lock: %s", key, error)
