@@ -7,8 +7,8 @@ BIN    := $(VENV)/bin
 comma := ,
 empty :=
 CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
-    errors.py _fork.py _urls.py session.py keys.py _launcher.py dpop.py _flights.py \
-    locks/* stores/* cached_getter.py stored_sessions.py session_getter.py))
+    errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
+    steps.py terms.py cached_getter.py records.py rests.py refresh.py driver.py session_getter.py))
 
 .PHONY: help demo test lint soak fuzz bench clean
 help:  ## list the targets

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any, Generic, TypeVar, cast
 
 from ._fork import copy_of, is_ending, land_at_end, reset_in_child
-from ._threads import Promise, start_thread
+from ._threads import Promise, spawn, start_thread
 from .errors import CancelledError, LockTimeoutError, SessionError, printable
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ _START_WITHIN = 10.0
 _LOOK_FOR_ROOM = 0.02
 
 _log = logging.getLogger("atproto_session")
+#: The flights that this thread does the work of, the inner ones last.
 _here = threading.local()
 
 
@@ -61,7 +62,8 @@ class Flight(Generic[T]):
         self._work = work
         self._fate: dict[str, Fate] = {}  # setdefault decides in one step
         self._why = "it was cancelled"
-        self._thread: int | None = None
+        self._has_begun = False
+        self._starter = threading.get_ident()
         self._afterwards: list[Callable[[], None]] = []
 
     # For the thread that does the work
@@ -97,23 +99,43 @@ class Flight(Generic[T]):
         self._afterwards.append(action)
 
     def run(self, unregister: Callable[[], None]) -> None:
-        outside, _here.flight = getattr(_here, "flight", None), self
-        self._thread = threading.get_ident()
+        self._has_begun = True
         result, error = None, None
-        try:
-            self.check()
-            result = self._work(self)
-        except BaseException as raised:  # noqa: BLE001 - it belongs to those who wait, and is raised there
-            error = raised
-        finally:
+        with self._at_work():
             try:
-                unregister()
-                for action in self._afterwards:
-                    _call(self.key, action)
+                self.check()
+                result = self._work(self)
+            except BaseException as raised:  # noqa: BLE001 - it belongs to those who wait, and is raised there
+                error = raised
             finally:
-                _here.flight = outside
-                self.landed.set(result, error)
-                self.over.set()
+                try:
+                    unregister()
+                    for action in self._afterwards:
+                        _call(self.key, action)
+                finally:
+                    self.landed.set(result, error)
+                    self.over.set()
+
+    def spawn(self, work: Callable[[], U]) -> Promise[U]:
+        """Do ``work``, a part of this flight, in another thread.
+
+        :raises RuntimeError: no thread can be started.
+        """
+
+        def run() -> U:
+            with self._at_work():
+                return work()
+
+        return spawn(run, f"atproto_session {self.key}")
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        outside = _flights_here()
+        _here.flights = (*outside, self)
+        try:
+            yield
+        finally:
+            _here.flights = outside
 
     # For the threads that wait
 
@@ -125,12 +147,17 @@ class Flight(Generic[T]):
 
     @property
     def never_began(self) -> bool:
-        return self._thread is None and time.monotonic() > self._ordered_at + _START_WITHIN
+        return not self._has_begun and time.monotonic() > self._ordered_at + _START_WITHIN
+
+    @property
+    def will_begin(self) -> bool:
+        """Whether it has begun, or will without this thread: the handler of a signal may have interrupted its start."""
+        return self._has_begun or not (self.never_began or self._starter == threading.get_ident())
 
     @property
     def is_here(self) -> bool:
         """Whether this very thread does the work."""
-        return self._thread == threading.get_ident()
+        return self in _flights_here()
 
     def wait(self, deadline: float, cancel: threading.Event | None = None) -> T:
         """The result, once it is there. Leaving changes nothing for the flight, but that ``cancel`` stops it if nobody
@@ -193,10 +220,10 @@ class Flights(Generic[T]):
             under_way = self._joinable.get(key)
             if under_way is not None and under_way.is_here:
                 raise SessionError(f"what is done for {printable(key)} asks for {printable(key)} itself")
-            if under_way is not None and not under_way.never_began:
+            if under_way is not None and under_way.will_begin:
                 return under_way, False
             if under_way is not None:
-                self._forget(under_way)
+                self._joinable.pop(key, None)
             # Counted before anything is looked at, so that no more than the bound ever begin.
             self._all.add(flight)
             if self._has_room_for(flight):
@@ -268,7 +295,7 @@ class Flights(Generic[T]):
         return bool(flights)
 
     def _has_room_for(self, flight: Flight[Any]) -> bool:
-        if getattr(_here, "flight", None) is not None:
+        if _flights_here():
             return True  # it needs no thread of its own, and others would wait for what this thread does
         known = copy_of(self._all)
         of_group = sum(each.group == flight.group for each in known)
@@ -281,7 +308,7 @@ class Flights(Generic[T]):
 
     def _start(self, flight: Flight[Any], *, even_if_closed: bool = False) -> None:
         self._check_open(flight.key, even_if_closed)
-        if getattr(_here, "flight", None) is not None:
+        if _flights_here():
             flight.run(lambda: self._forget(flight))  # in this thread: nothing from outside strikes it
             return
 
@@ -305,6 +332,10 @@ class Flights(Generic[T]):
         # Exit handlers of the application's own are waited for, other threads are not.
         if is_ending() and threading.current_thread() is not threading.main_thread():
             raise SessionError(f"nothing is done for {printable(key)} any more: the program is ending", retryable=True)
+
+
+def _flights_here() -> tuple[Flight[Any], ...]:
+    return getattr(_here, "flights", ())
 
 
 def _not_started(key: str) -> SessionError:

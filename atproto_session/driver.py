@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from . import steps
 from ._flights import Flight
-from ._threads import Promise, spawn
+from ._threads import Promise
 from ._worker import life_of, this_worker
 from .errors import SessionError, StoreError, TransportError, printable
 from .locks import Hold, Locks
@@ -109,7 +109,7 @@ class _Driver:
             case steps.Unlock():
                 return self.unlock()
             case steps.Extend(seconds):
-                return self._hold is not None and self._hold.extend(seconds)
+                return self._extend(seconds)
             case steps.Now():
                 return world.clock()
             case steps.Sign():
@@ -150,6 +150,14 @@ class _Driver:
             raise StoreError(f"the lock of {printable(self._key)} cannot be used: {type(error).__name__}") from error
         return getattr(self._hold, "lock", "")
 
+    def _extend(self, seconds: float) -> bool:
+        try:
+            return self._hold is not None and self._hold.extend(seconds)
+        except SessionError:
+            raise
+        except Exception as error:
+            raise StoreError(f"the lock of {printable(self._key)} cannot be used: {type(error).__name__}") from error
+
     def unlock(self) -> None:
         self._hold = None
         try:
@@ -161,7 +169,7 @@ class _Driver:
         self._is_sent = True
         try:
             # In a thread of its own, so that this one can tell the others meanwhile that it lives.
-            self._answer = spawn(request, f"atproto_session request {self._key}")
+            self._answer = self._flight.spawn(request)
         except RuntimeError as error:
             raise TransportError("no thread can be started for the request; nothing was sent") from error
         return self._await()

@@ -86,25 +86,29 @@ def log_out(key: str, cause: BaseException, client_id: str | None, *, revoke: bo
     """
     yield from _lock(key)
     yield steps.Commit()
+    last, is_deleted = yield from _delete(key, client_id)
+    if is_deleted:
+        yield steps.Tell(SessionDeletedEvent(key, cause))
+    yield steps.Unlock()
+    if revoke and last is not None:
+        yield steps.Revoke(last)
+
+
+def _delete(key: str, client_id: str | None) -> Protocol[tuple[Session | None, bool]]:
+    """Brings the last that was seen of the grant, and whether it was deleted here."""
     last: Session | None = None
     while True:
         try:
             current = yield steps.Read()
         except StoreError:  # its owner wants it gone, readable or not
             yield steps.Overwrite(None)
-            break
+            return last, True
         if current is None or (last is not None and not current.is_same_grant(last)):
-            current = None
-            break
+            return last, False
         check_client(key, current, client_id)
         last = current
         if (yield steps.Replace(None, current.token_set)):
-            break
-    if last is None or current is not None:
-        yield steps.Tell(SessionDeletedEvent(key, cause))
-    yield steps.Unlock()
-    if revoke and last is not None:
-        yield steps.Revoke(last)
+            return last, True
 
 
 def end(key: str, session: Session, cause: SessionError) -> Protocol[None]:

@@ -29,7 +29,7 @@ from .errors import (
 from .keys import load_private_key
 from .locks import LockKind
 from .records import check_client, found, log, remove, updated
-from .rests import OAUTH_ERRORS, error_again, rest_after
+from .rests import OAUTH_ERRORS, check_rest, rest_after
 from .session import Attempt, Session, fault_in
 from .steps import Protocol, Request
 from .terms import Terms, Wanted
@@ -89,10 +89,7 @@ class Refresh:
             raise AuthMethodUnsatisfiableError(
                 f"the DPoP key of the session {self.key} cannot be used: {error}"
             ) from error
-        left = 0.0 if session.rest is None else session.rest.until - (yield steps.Now())
-        # Nobody asks for longer than the longest: what seems so is a clock that was set back.
-        if session.rest is not None and 0 < left <= self.times.longest_rest_asked:
-            raise error_again(session.rest, left)
+        check_rest(session.rest, (yield steps.Now()), self.times)
 
     def _prepare(self) -> Protocol[Request]:
         try:
@@ -235,12 +232,14 @@ class Refresh:
         """Store ``successor`` in the place of what was spent for it, and of nothing else. Whatever else has changed in
         the record, a successor of the tokens in it is newer."""
         spent, failures, tried_for, pause = self.session.token_set, list[Exception](), 0.0, 0.05
-        while not failures or tried_for < self.times.store_for:
+        while True:
             try:
                 is_stored = yield steps.Replace(successor, spent)
                 current = successor if is_stored else (yield steps.Read())
             except Exception as error:  # noqa: BLE001 - whatever it is, the tokens are there and paid for
                 failures = [*failures[-9:], error]
+                if tried_for >= self.times.store_for:
+                    break
                 yield steps.HandOut(successor)
                 yield steps.Wait(pause)
                 tried_for, pause = tried_for + pause, min(pause * 3, 5.0)
@@ -254,13 +253,17 @@ class Refresh:
                 return successor
             if current.token_set.refresh_token != spent.refresh_token:
                 return current
-            spent = current.token_set
+            spent = current.token_set  # another has written it with the same refresh token
+            failures, tried_for = [*failures[-9:], StoreError("the record changes all the time")], tried_for + pause
+            if tried_for >= self.times.store_for:
+                break
         end = "was ended at its server" if (yield steps.Revoke(successor)) else "could not be ended at its server"
         lost = StoreError(f"the refreshed session {self.key} could not be stored, and {end}; log in again")
         try:
             yield from remove(self.key, self.session, lost)
         except Exception as error:  # noqa: BLE001 - as above
             failures.append(error)
+        log.error("%s", lost)  # those who waited have the tokens already
         raise lost from ExceptionGroup("what the store said", failures)
 
     def _refused(self, error: OAuthResponseError) -> Protocol[Session]:

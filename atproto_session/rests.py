@@ -31,7 +31,7 @@ OAUTH_ERRORS = frozenset(
 )
 
 
-def rest_after(error: SessionError, earlier: Rest | None, now: float, times: Times) -> Rest:
+def rest_after(error: SessionError, earlier: Rest | None, now: float, times: Times) -> Rest | None:
     """The rest after ``error``: longer after each further failure, and as long as the server asks (``Retry-After``).
 
     :param now: seconds since the epoch.
@@ -40,16 +40,23 @@ def rest_after(error: SessionError, earlier: Rest | None, now: float, times: Tim
     is_asked = getattr(error, "status", 0) == 429  # any other server may be down only for a moment
     asked = min(error.retry_after or 0.0, times.longest_rest_asked if is_asked else times.longest_rest)
     seconds = max(asked, min(times.first_rest * 2.0 ** min(failures, 20), times.longest_rest))
+    if seconds <= 0:
+        return None
     details = {name: value for name, value in vars(error).items() if value is None or isinstance(value, str | int)}
     return Rest(now + seconds, failures + 1, type(error).__name__, str(error), details)
 
 
-def error_again(rest: Rest, seconds: float) -> SessionError:
-    """The error that the last refresh ended with.
+def check_rest(rest: Rest | None, now: float, times: Times) -> None:
+    """Stop here if the server is left alone at the moment.
 
-    :param seconds: how much is left of the rest.
+    :param now: seconds since the epoch.
+    :raises SessionError: the error that the last refresh ended with.
     """
+    left = 0.0 if rest is None else rest.until - now
+    # Nobody rests for longer than the longest: what seems so is a clock that was set back.
+    if rest is None or not 0 < left <= max(times.longest_rest_asked, times.longest_rest):
+        return
     kind = getattr(errors, rest.error, SessionError)
     if not (isinstance(kind, type) and issubclass(kind, SessionError)):
         kind = SessionError
-    return errors.rebuild(kind, rest.message, {**rest.details, "retry_after": seconds})
+    raise errors.rebuild(kind, rest.message, {**rest.details, "retry_after": left})

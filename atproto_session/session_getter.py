@@ -27,6 +27,7 @@ from .errors import (
 from .locks import LockKind, Locks
 from .records import log
 from .refresh import Refresh
+from .rests import check_rest
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
 from .steps import Protocol
 from .stores import SessionStore, complete
@@ -124,6 +125,12 @@ class SessionGetter:
                         f"the session {sub} has no refresh token: it can be used, but not refreshed"
                     )
                 return seen
+            try:
+                check_rest(seen.rest, self.freshness.clock(), self._terms.times)
+            except SessionError:
+                if is_usable and refresh is not True:
+                    return seen
+                raise
             if is_usable and refresh is not True:
                 return self._refresh_ahead(sub, wanted, deadline, cancel)
             return self._fly(sub, wanted, deadline, cancel)

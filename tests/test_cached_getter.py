@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 
 import pytest
 
@@ -16,8 +15,6 @@ from atproto_session import (
     MemoryStore,
     SessionError,
 )
-from atproto_session._flights import Flight, Flights
-from atproto_session._threads import start_thread
 from atproto_session.locks import ThreadLocks
 
 from .core import SOON, Gate, Worker, flight_of, wait_until
@@ -96,7 +93,7 @@ def test_concurrent_callers_share_one_fetch(source: Source, store: MemoryStore[s
     workers = [Worker(lambda: getter.get("a", no_cache=True)) for _ in range(8)]
     source.gate.wait_until_reached()
     flight = flight_of(getter, "a")
-    wait_until(lambda: len(flight._waiters) == 8)
+    wait_until(lambda: len(flight.landed._waiters) == 8)
     source.gate.open()
     assert {worker.outcome() for worker in workers} == {"a-1"}
     assert len(source.calls) == 1
@@ -109,7 +106,7 @@ def test_an_error_reaches_its_own_caller_alone(source: Source, store: MemoryStor
     source.gate.wait_until_reached()
     flight = flight_of(getter, "a")
     second = Worker(lambda: getter.get("a"))
-    wait_until(lambda: len(flight._waiters) == 2)
+    wait_until(lambda: len(flight.landed._waiters) == 2)
     source.gate.open()
     with pytest.raises(ValueError, match="no"):
         first.outcome()
@@ -125,7 +122,7 @@ def test_a_caller_finds_what_a_failed_fetch_left_in_the_store(source: Source, st
     source.gate.wait_until_reached()
     flight = flight_of(getter, "a")
     second = Worker(lambda: getter.get("a"))
-    wait_until(lambda: len(flight._waiters) == 2)
+    wait_until(lambda: len(flight.landed._waiters) == 2)
     store.set("a", "from elsewhere")
     source.gate.open()
     assert second.outcome() == "from elsewhere"
@@ -181,9 +178,9 @@ def test_one_that_joins_and_runs_out_of_time_does_not_end_the_fetch(source: Sour
 def test_one_whose_time_is_over_when_another_fails_is_told_so(source: Source, store: MemoryStore[str]) -> None:
     locks = ThreadLocks()
     getter = CachedGetter(source, store, locks=locks)
-    flight, own = getter._flights.board("a", lambda flight: (_ for _ in ()).throw(ValueError("no")))
-    flight.wait(float("inf"), None)
+    flight, own = getter._flights.board("a", lambda flight: (_ for _ in ()).throw(ValueError("no")), deadline=0.0)
     assert own
+    assert flight.over.wait(SOON)
     getter._flights._joinable["a"] = flight  # as it was in the moment before it unregistered
     with pytest.raises(LockTimeoutError):
         getter.get("a", timeout=0.0)
@@ -228,105 +225,29 @@ def test_what_cannot_be_stored_is_told(source: Source, caplog: pytest.LogCapture
     assert "could not be stored: disk full" in caplog.text
 
 
-# Flights
+def test_a_failure_may_be_shared(source: Source, store: MemoryStore[str]) -> None:
+    source.gate, source.error = Gate(), ValueError("no")
+    getter = CachedGetter(source, store, share_failures=True)
+    workers = [Worker(lambda: getter.get("a")) for _ in range(8)]
+    source.gate.wait_until_reached()
+    flight = flight_of(getter, "a")
+    wait_until(lambda: len(flight.landed._waiters) == 8)
+    source.gate.open()
+    for worker in workers:
+        with pytest.raises(ValueError, match="no"):
+            worker.outcome()
+    assert len(source.calls) == 1
 
 
-def test_a_flight_that_was_abandoned_does_not_commit() -> None:
-    flight: Flight[None] = Flight("a", lambda flight: flight.commit())
-    flight.abandon()
-    flight.run(lambda: None)
-    with pytest.raises(CancelledError):
-        flight.result()
+def test_a_getter_that_asks_for_its_own_key_is_told_so(store: MemoryStore[str]) -> None:
+    getter: CachedGetter[str] = CachedGetter(lambda key, options, stored: getter.get(key), store)
+    with pytest.raises(SessionError, match="asks for a itself"):
+        getter.get("a")
 
 
-def test_a_committed_flight_cannot_be_abandoned() -> None:
-    flight: Flight[int] = Flight("a", lambda flight: 1)
-    flight.commit()
-    flight.abandon()
-    assert not flight.abandoned.is_set()
-
-
-def test_what_a_listener_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    called: list[int] = []
-
-    def work(flight: Flight[int]) -> int:
-        flight.afterwards(lambda: (_ for _ in ()).throw(SystemExit))
-        flight.afterwards(lambda: called.append(1))
-        return 1
-
-    flights: Flights[int] = Flights()
-    flight = flights.charter("a", work)
-    flight.wait(float("inf"), None)
-    assert flight.result() == 1
-    assert called == [1]
-    assert "a listener failed for a" in caplog.text
-
-
-def test_a_listener_may_use_the_getter(source: Source, store: MemoryStore[str]) -> None:
-    flights: Flights[str] = Flights()
-    inner: list[str] = []
-
-    def listener() -> None:
-        flight, own = flights.board("a", lambda flight: "inner")
-        flight.wait(float("inf"), None)
-        inner.append(f"{own} {flight.result()}")
-
-    def work(flight: Flight[str]) -> str:
-        flight.afterwards(listener)
-        return "outer"
-
-    flight, _ = flights.board("a", work)
-    flight.wait(float("inf"), None)
-    assert inner == ["True inner"]
-
-
-def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    flights: Flights[None] = Flights()
-    with pytest.raises(SessionError, match="no thread") as caught:
-        flights.board("a", lambda flight: None)
-    assert caught.value.retryable
-    assert not flights.under_way("a")
-
-
-def test_the_handler_of_a_signal_may_fetch_while_a_flight_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    flights: Flights[str] = Flights()
-    signals = [lambda: flights.board("a", lambda flight: "inner")[0]]
-    inner: list[Flight[str]] = []
-
-    def interrupted(thread: threading.Thread) -> None:
-        if signals:
-            inner.append(signals.pop()())
-        start_thread(thread)
-
-    monkeypatch.setattr("atproto_session._flights.start_thread", interrupted)
-    outer = Worker(lambda: flights.board("a", lambda flight: "outer")[0]).outcome()
-    assert isinstance(outer, Flight)
-    for flight, result in (outer, "outer"), (inner[0], "inner"):
-        flight.wait(time.monotonic() + SOON, None)
-        assert flight.result() == result
-    assert not flights.under_way("a")
-
-
-def test_an_interrupt_while_a_flight_starts_abandons_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Flight[None]] = []
-    start = threading.Thread.start
-
-    def interrupt(thread: threading.Thread) -> None:
-        start(thread)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupt)
-    flights: Flights[None] = Flights()
-
-    def work(flight: Flight[None]) -> None:
-        started.append(flight)
-        assert flight.abandoned.wait(SOON)
-
-    with pytest.raises(KeyboardInterrupt):
-        flights.board("a", work)
-    wait_until(lambda: started and started[0]._done)
-    assert not flights.under_way("a")
+def test_a_getter_may_ask_for_another_key(store: MemoryStore[str]) -> None:
+    getter: CachedGetter[str] = CachedGetter(
+        lambda key, options, stored: key if key == "b" else f"{key}, {getter.get('b')}", store
+    )
+    assert getter.get("a") == "a, b"
+    assert store.get("b") == "b"

@@ -16,13 +16,13 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "_fork", "_urls"],
-    ["session", "keys", "_launcher"],
+    ["errors", "_fork", "_urls", "_worker"],
+    ["session", "keys", "_threads"],
     ["dpop", "locks", "_flights"],
-    ["stores"],
-    ["cached_getter"],
-    ["stored_sessions", "_adapter"],
-    ["session_getter"],
+    ["stores", "steps", "terms", "cached_getter"],
+    ["records", "rests"],
+    ["refresh", "driver"],
+    ["session_getter", "_adapter"],
     ["transport"],
     ["identity"],
     ["discovery", "metadata"],

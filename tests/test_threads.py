@@ -1,4 +1,4 @@
-"""Starting threads in a thread of its own."""
+"""Threads of our own, and the results that others wait for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from atproto_session import _launcher
-from atproto_session._threads import carry_out, start_thread
+from atproto_session import CancelledError, SessionError, _threads
+from atproto_session._threads import Promise, carry_out, spawn, start_thread
 
-from .core import SOON, wait_until
+from .core import SOON, Worker, wait_until
 
 
 def test_a_thread_is_started_by_another() -> None:
@@ -33,20 +33,24 @@ def test_what_keeps_a_thread_from_starting_is_the_callers() -> None:
 def test_orders_are_carried_out_as_long_as_it_is_needed() -> None:
     # Here, where it can be measured that all of it runs: the real one is a thread that Python's tools do not see.
     orders: SimpleQueue[Any] = SimpleQueue()
-    ran, answers = threading.Event(), SimpleQueue[BaseException | None]()
+    ran = threading.Event()
     thread = threading.Thread(target=ran.set)
-    needed = iter((True, False))
-    for order in ((thread, answers), (thread, answers)):
+    needed = iter((True, True, False))
+    first, again, taken_back = (_threads._Order(thread) for _ in range(3))
+    assert taken_back.claim()
+    for order in (first, taken_back, again):
         orders.put(order)
     carry_out(orders, lambda: next(needed))
     assert ran.wait(SOON)
-    assert answers.get() is None
-    assert isinstance(answers.get(), RuntimeError)
+    first.started.result()
+    assert not taken_back.started.is_set()
+    with pytest.raises(RuntimeError, match="once"):
+        again.started.result()
 
 
 def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = _launcher._Launcher()
-    monkeypatch.setattr(_launcher, "_PATIENCE", 0.01)
+    lost = _threads._Launcher()
+    monkeypatch.setattr(_threads, "_PATIENCE", 0.01)
     lost._latest = "one that died"
     ran = threading.Event()
     lost.start(threading.Thread(target=ran.set))
@@ -55,12 +59,12 @@ def test_a_launcher_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_launcher_that_was_replaced_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[Callable[[], bool]] = []
-    monkeypatch.setattr(_launcher, "_PATIENCE", 0.001)
-    monkeypatch.setattr(_launcher, "carry_out", lambda orders, is_needed: needed.append(is_needed))
-    late = _launcher._Launcher()
+    monkeypatch.setattr(_threads, "_PATIENCE", 0.001)
+    monkeypatch.setattr(_threads, "carry_out", lambda orders, is_needed: needed.append(is_needed))
+    late = _threads._Launcher()
     with pytest.raises(RuntimeError, match="in time"):
         late.start(threading.Thread())
-    wait_until(lambda: len(needed) == _launcher._TRIES)
+    wait_until(lambda: len(needed) == _threads._TRIES)
     late._latest = None
     assert all(is_needed() for is_needed in needed), "no other is there"
     late._latest = "another"
@@ -68,10 +72,67 @@ def test_a_launcher_that_was_replaced_leaves(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_launcher_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launcher, "_PATIENCE", 0.001)
-    monkeypatch.setattr(_launcher, "carry_out", lambda orders, is_needed: None)
+    monkeypatch.setattr(_threads, "_PATIENCE", 0.001)
+    monkeypatch.setattr(_threads, "carry_out", lambda orders, is_needed: None)
     with pytest.raises(RuntimeError, match="in time"):
-        _launcher._Launcher().start(threading.Thread())
+        _threads._Launcher().start(threading.Thread())
+
+
+def test_what_was_not_started_in_time_is_not_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_threads, "_PATIENCE", 0.001)
+    launcher, ran = _threads._Launcher(), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(_threads, "carry_out", lambda orders, is_needed: None)
+        with pytest.raises(RuntimeError, match="in time"):
+            launcher.start(threading.Thread(target=ran.set))
+    monkeypatch.setattr(_threads, "_PATIENCE", SOON)
+    launcher._latest = None
+    after = threading.Event()
+    launcher.start(threading.Thread(target=after.set))
+    assert after.wait(SOON)
+    assert not ran.is_set()
+
+
+def test_a_promise() -> None:
+    promise: Promise[int] = Promise()
+    with pytest.raises(RuntimeError, match="no result"):
+        promise.result()
+    assert not promise.wait(0.0)
+    waiting = Worker(promise.wait)
+    wait_until(lambda: promise.is_awaited)
+    promise.set(1)
+    promise.set(2)
+    assert waiting.outcome() is True
+    assert promise.result() == 1, "the first counts"
+    assert not promise.is_awaited
+
+
+def test_waiting_for_a_promise_can_be_cancelled() -> None:
+    promise: Promise[None] = Promise()
+    cancel = threading.Event()
+    waiting = Worker(lambda: promise.wait(SOON, cancel))
+    wait_until(lambda: promise.is_awaited)
+    cancel.set()
+    with pytest.raises(CancelledError):
+        waiting.outcome()
+
+
+def test_what_spawned_work_returns_and_raises() -> None:
+    good, bad = spawn(lambda: 1, "good"), spawn(lambda: 1 // 0, "bad")
+    assert good.wait(SOON)
+    assert good.result() == 1
+    assert bad.wait(SOON)
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+
+
+def test_gevent_that_patches_too_late_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Patched:
+        """Stands for gevent's."""
+
+    monkeypatch.setattr("queue.SimpleQueue", Patched)
+    with pytest.raises(SessionError, match="before anything else is imported"):
+        start_thread(threading.Thread(target=lambda: None))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
