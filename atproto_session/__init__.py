@@ -34,6 +34,7 @@ from .session import (
 )
 from .session_getter import SessionGetter
 from .stores import JSONStore, MemoryStore, SQLiteStore, open_store, rotate_encryption
+from .terms import Times
 
 __all__ = [
     "AuthMethodUnsatisfiableError",
@@ -64,6 +65,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionUpdatedEvent",
     "StoreError",
+    "Times",
     "TokenInfo",
     "TokenInvalidError",
     "TokenRefreshError",

@@ -33,6 +33,7 @@ from .session import (
 )
 from .session_getter import SessionGetter
 from .stores import EncryptionKeys, SessionStore, complete, open_store
+from .terms import Times
 from .transport import Transport
 
 #: Connections to one server that are kept open while no request uses them.
@@ -70,6 +71,7 @@ class OAuthClient:
     :param on_session_deleted: called with a :class:`.SessionDeletedEvent` after it has deleted one.
     :param freshness: when tokens count as stale.
     :param on_interrupted: see :class:`.SessionGetter`.
+    :param times: what bounds a refresh in time; the defaults are for servers on the Internet.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
     :raises ValueError: ``on_interrupted`` is neither of the two.
@@ -91,6 +93,7 @@ class OAuthClient:
         on_session_deleted: Callable[[SessionDeletedEvent], None] | None = None,
         freshness: Freshness | None = None,
         on_interrupted: Literal["retry", "fail"] = "retry",
+        times: Times | None = None,
     ) -> None:
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
@@ -116,6 +119,8 @@ class OAuthClient:
             freshness=freshness,
             timeout=timeout,
             on_interrupted=on_interrupted,
+            client_id=metadata.client_id,
+            times=times,
         )
         if on_session_updated is not None:
             self.sessions.on_updated(on_session_updated)

@@ -68,13 +68,11 @@ class Stub(BaseAdapter):
 class SlowAuthority:
     """Refreshes within ``LATENCY``."""
 
-    answer_within = 10.0
-
     def __init__(self) -> None:
         self.sent = 0
 
-    def prepare(self, session: Session) -> Callable[[], Session]:
-        def send() -> Session:
+    def prepare(self, session: Session) -> Callable[[Session], Session]:
+        def send(session: Session) -> Session:
             self.sent += 1
             time.sleep(LATENCY)
             return make_session(session.token_set.sub, session.dpop_key)

@@ -10,6 +10,8 @@ import pytest
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account, LocalNetwork
 
+from .core import RESTLESS
+
 # A shell that starts the tests in the background has them ignore SIGINT, and with them every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -22,7 +24,7 @@ def network(atproto_network: LocalNetwork) -> LocalNetwork:
 @pytest.fixture
 def client(network: LocalNetwork) -> Iterator[OAuthClient]:
     metadata = ClientMetadata.loopback(scope="atproto transition:generic")
-    with OAuthClient(metadata, store="memory:", **network.client_options()) as client:
+    with OAuthClient(metadata, store="memory:", times=RESTLESS, **network.client_options()) as client:
         yield client
 
 

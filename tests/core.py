@@ -23,7 +23,8 @@ KEY = generate_jwk()
 OTHER_KEY = generate_jwk()
 #: For what has to happen and does, in seconds: generous, since it only passes when a test fails.
 SOON = 30.0
-#: The times of a refresh, for tests that come to their end.
+#: Times of a refresh: with no rest after a failure; and for tests that come to the end of waiting.
+RESTLESS = Times(first_rest=0.0, longest_rest=0.0)
 QUICK = Times(window=15.0, store_for=0.2, look_again=0.01, patience=0.01, first_rest=0.0, longest_rest=0.0)
 
 
@@ -123,9 +124,10 @@ class Gate:
         self.reached = threading.Event()
         self._open = threading.Event()
 
-    def __call__(self, *ignored: object) -> None:
+    def __call__(self, *ignored: object) -> object:
         self.reached.set()
         assert self._open.wait(SOON)
+        return None
 
     def open(self) -> None:
         self._open.set()

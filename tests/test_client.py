@@ -32,7 +32,6 @@ from atproto_session import (
     TokenRevokedError,
     TransportError,
 )
-from atproto_session._flights import Flight
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from .core import SOON, Worker, wait_until
@@ -256,8 +255,9 @@ def test_nothing_is_sent_after_the_end(network: LocalNetwork, account: Account, 
         assert fault.fired.wait(SOON)
         closing = Worker(client.close)
         wait_until(lambda: client.sessions._flights._closed)
+        stored = client.sessions.get_session(account.did, False)
         with pytest.raises(SessionError, match="it is closed"):
-            client.sessions._flights.board("another", Flight.result)
+            client.sessions._flights.board("another", lambda flight: stored, deadline=0.0)
         fault.release.set()
         closing.outcome()
         refresh.outcome()

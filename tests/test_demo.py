@@ -208,8 +208,8 @@ def test_naive_store_hides_an_attempt_from_everybody_else() -> None:
     session = make_session(1)
     one.set(DID, session)
     attempt = Attempt("id", "worker", 1.0, 2.0)
-    assert one.replace(DID, session.with_attempt(attempt), session.token_set)
-    assert one.get(DID) == session.with_attempt(attempt)
+    assert one.replace(DID, replace(session, attempt=attempt), session.token_set)
+    assert one.get(DID) == replace(session, attempt=attempt)
     assert other.get(DID) == session
     one.delete(DID)
     assert inner.get(DID) is None

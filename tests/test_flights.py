@@ -163,7 +163,7 @@ def test_an_interrupt_while_a_flight_starts_abandons_it(monkeypatch: pytest.Monk
     flights: Flights[bool] = Flights()
     outcome: list[bool] = []
     with pytest.raises(KeyboardInterrupt):
-        flights.board("a", lambda flight: outcome.append(flight.abandoned.wait(SOON)) or True, deadline=0.0)
+        flights.board("a", lambda flight: outcome.append(flight.abandoned.wait(SOON)) or True, deadline=0.0)  # type: ignore[func-returns-value]
     wait_until(lambda: not flights.get("a"))
     assert outcome in ([], [True])
 
@@ -203,7 +203,7 @@ def test_what_a_flight_needs_is_done_in_its_own_thread() -> None:
     inner: list[int] = []
 
     def work(flight: Flight[str]) -> str:
-        needed, _ = others.board("b", lambda flight: inner.append(threading.get_ident()) or "b", deadline=0.0)
+        needed, _ = others.board("b", lambda flight: inner.append(threading.get_ident()) or "b", deadline=0.0)  # type: ignore[func-returns-value]
         return str((inner == [threading.get_ident()], landed(needed)))
 
     flight, _ = flights.board("a", work, deadline=0.0)

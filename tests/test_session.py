@@ -19,6 +19,7 @@ from atproto_session.session import (
     Attempt,
     ClientAuthMethod,
     Freshness,
+    Rest,
     Session,
     SessionDeletedEvent,
     SessionUpdatedEvent,
@@ -86,13 +87,6 @@ def test_the_same_tokens_and_the_same_grant() -> None:
     assert not TOKENS.has_same_tokens(replace(TOKENS, refresh_token=None))
     assert SESSION.is_same_grant(replace(SESSION, dpop_key={**KEY, "kid": "named", "d": "?"}))
     assert not SESSION.is_same_grant(replace(SESSION, dpop_key={**KEY, "x": "x-2"}))
-
-
-def test_an_attempt_replaces_the_attempt_and_the_waiting_time() -> None:
-    attempt = Attempt("a1", "host:1", 1.0, 2.0)
-    tried = SESSION.with_attempt(attempt, refresh_not_before=5.0)
-    assert (tried.attempt, tried.refresh_not_before, tried.token_set) == (attempt, 5.0, TOKENS)
-    assert tried.with_attempt(None) == SESSION
 
 
 @pytest.mark.parametrize(
@@ -179,16 +173,39 @@ def test_the_document_is_the_one_of_the_node_client() -> None:
 
 
 def test_the_document_of_everything() -> None:
-    attempt = Attempt("a1", "host:1", 1.5, 2.5, answers_lost=3, lock="1:2")
-    session = replace(SESSION, attempt=attempt, refresh_not_before=4.5, refreshed_at=5.5, after_lost_answer=True)
+    session = replace(
+        SESSION,
+        attempt=Attempt("a1", "host:1", 1.5, 2.5, answers_lost=3, lock="1:2", is_over=True),
+        rest=Rest(4.5, 2, "OAuthResponseError", "503", {"status": 503, "error": None}),
+        client_id="https://app.example.com/client.json",
+        began_at=3.5,
+        refreshed_at=5.5,
+        after_lost_answer=True,
+    )
     document = to_document(DID, session)
     assert document["atprotoSession"] == {
         "version": 1,
         "key": DID,
+        "clientId": "https://app.example.com/client.json",
+        "beganAt": 3.5,
         "refreshedAt": 5.5,
-        "refreshNotBefore": 4.5,
         "afterLostAnswer": True,
-        "attempt": {"id": "a1", "by": "host:1", "startedAt": 1.5, "answerBy": 2.5, "answersLost": 3, "lock": "1:2"},
+        "attempt": {
+            "id": "a1",
+            "by": "host:1",
+            "startedAt": 1.5,
+            "answerBy": 2.5,
+            "answersLost": 3,
+            "lock": "1:2",
+            "isOver": True,
+        },
+        "rest": {
+            "until": 4.5,
+            "failures": 2,
+            "error": "OAuthResponseError",
+            "message": "503",
+            "details": {"status": 503, "error": None},
+        },
     }
     assert SECRET not in json.dumps(document["atprotoSession"])
     assert from_document(DID, document) == session
@@ -230,7 +247,11 @@ def test_times_of_expiry_are_written_in_utc() -> None:
 
 def changed(path: str, value: object) -> dict[str, Any]:
     """The document with one member set, or taken out."""
-    document = copy.deepcopy(to_document(DID, SESSION.with_attempt(Attempt("a1", "host:1", 1.0, 2.0))))
+    document = copy.deepcopy(
+        to_document(
+            DID, replace(SESSION, attempt=Attempt("a1", "host:1", 1.0, 2.0), rest=Rest(1.0, 1, "StoreError", "?"))
+        )
+    )
     *parents, name = path.split(".")
     members = document
     for parent in parents:
@@ -278,8 +299,8 @@ GONE = object()
         ("atprotoSession.attempt.lock", 1, "lock is missing or not a string"),
         ("atprotoSession.attempt.startedAt", True, "startedAt is not a number"),
         ("atprotoSession.refreshedAt", float("nan"), "refreshedAt is not a finite number"),
-        ("atprotoSession.refreshNotBefore", float("inf"), "refreshNotBefore is not a finite number"),
-        ("atprotoSession.refreshNotBefore", 10**400, "refreshNotBefore is not a finite number"),
+        ("atprotoSession.rest.until", float("inf"), "until is not a finite number"),
+        ("atprotoSession.rest.until", 10**400, "until is not a finite number"),
     ],
 )
 def test_a_document_that_is_not_a_session_names_the_member_and_no_value(path: str, value: object, message: str) -> None:
@@ -299,7 +320,7 @@ def test_an_attempt_may_leave_its_times_out() -> None:
     assert from_document(DID, document).attempt == Attempt("a1", "host:1", 0.0, 0.0, 0, "")
 
 
-@pytest.mark.parametrize("member", ["refreshedAt", "attempt", "refreshNotBefore", "version", "key"])
+@pytest.mark.parametrize("member", ["refreshedAt", "attempt", "rest", "version", "key"])
 def test_members_of_our_own_may_be_missing(member: str) -> None:
     document = changed("atprotoSession.refreshedAt", 1.0)
     document["atprotoSession"].pop(member, None)

@@ -30,6 +30,7 @@ from atproto_session import (
 )
 from atproto_session.server import AuthorizationServer
 from atproto_session.session import TokenSet
+from atproto_session.terms import Times
 from atproto_session.testing.network import Account
 from tests.core import SOON, Worker, an_answer_within
 from tests.loopback import closed_port
@@ -197,7 +198,7 @@ def test_a_server_that_asks_for_patience_gets_it(
             refresh(worker, session.did)
         assert (caught.value.status, caught.value.retryable, caught.value.retry_after) == (429, True, 7)
         assert_kept(worker, before, in_doubt=False)
-        assert stored(worker, session.did).refresh_not_before == clock.now + 7
+        assert stored(worker, session.did).rest.until == clock.now + 7  # type: ignore[union-attr]
 
         clock.now += 6
         with pytest.raises(OAuthResponseError) as caught:
@@ -208,7 +209,7 @@ def test_a_server_that_asks_for_patience_gets_it(
         clock.now += 2
         refresh(worker, session.did)
         assert spends(real_pds) == [None, 200]
-        assert stored(worker, session.did).refresh_not_before is None
+        assert stored(worker, session.did).rest is None
         assert_works(worker, session.did)
 
 
@@ -465,7 +466,7 @@ def test_a_refusal_that_comes_after_a_log_in_does_not_end_it(
 
 
 def brings_new_tokens(session: Session | None, expected: Session | TokenSet | None) -> bool:
-    return session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
+    return session is not None and isinstance(expected, TokenSet) and not session.token_set.has_same_tokens(expected)
 
 
 class SlowStarter(SQLiteStore):
@@ -480,10 +481,7 @@ class SlowStarter(SQLiteStore):
         self._stores_nevertheless = stores_nevertheless
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
-        has_new_tokens = (
-            session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
-        )
-        if not has_new_tokens or self.failures:
+        if not brings_new_tokens(session, expected) or self.failures:
             return super().replace(key, session, expected)
         self.failures += 1
         if self._stores_nevertheless:
@@ -520,18 +518,16 @@ def test_tokens_that_cannot_be_stored_are_ended_at_the_server(
     session: OAuthSession,
     by_hand: LoggedIn,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("atproto_session.session_getter._STORE_PAUSES", (0.0, 0.0))
     store = FullDisk(tmp_path / "sessions.db")
     with (
-        another_worker(real_pds, client, store) as worker,
+        another_worker(real_pds, client, store, times=Times(store_for=0.0)) as worker,
         pytest.raises(StoreError, match="could not be stored") as caught,
     ):
         refresh(worker, session.did)
     store.close()
     assert isinstance(caught.value.__cause__, ExceptionGroup)
-    assert [str(error) for error in caught.value.__cause__.exceptions] == ["the disk is full"] * 3
+    assert [str(error) for error in caught.value.__cause__.exceptions] == ["the disk is full"]
     assert client.sessions.get_stored(session.did) is None
     assert spends(real_pds) == [200]
     refused = by_hand.client.refresh(by_hand.tokens.refresh)

@@ -30,13 +30,13 @@ def at_last() -> None:
 
 
 with patch("atexit.register", wraps=atexit.register) as register:
-    from atproto_session import ClientMetadata, OAuthClient, SessionError, _flights
+    from atproto_session import ClientMetadata, OAuthClient, SessionError, _fork
 
 if sys.argv[1] == "struck":
     # Just before the library's own, by a function of C's: Python looks for signals only when it is back in Python.
-    atexit.unregister(_flights._land_all)
-    for _ in range(register.call_args_list.count(call(_flights._land_all))):
-        atexit.register(_flights._land_all)
+    atexit.unregister(_fork._end_at_exit)
+    for _ in range(register.call_args_list.count(call(_fork._end_at_exit))):
+        atexit.register(_fork._end_at_exit)
     atexit.register(ctypes.CDLL(None).kill, os.getpid(), signal.SIGINT.value)
 
 #: Longer than it takes to refuse a refresh, in seconds. Nobody who waits for one that is under way leaves earlier.

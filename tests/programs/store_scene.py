@@ -14,7 +14,7 @@ from atproto_session.locks import Hold, LockKind, Locks
 from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, Fault, LocalNetwork
 
-from ..core import SOON, Worker
+from ..core import RESTLESS, SOON, Worker
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
@@ -119,6 +119,8 @@ class WatchedStore:
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         step = "delete" if session is None else "store" if session.attempt is None else "attempt"
+        if session is not None and not isinstance(expected, Session) and session.began_at == session.refreshed_at:
+            self.logged_in, step = session, "set"
         self._steps.come_to(step)
         done = self._store.replace(key, session, expected)
         self._steps.come_to(f"after {step}")
@@ -178,7 +180,9 @@ class Scene:
             steps, store = Steps(), clean_up.enter_context(closing(open_store(url)))
             watched = WatchedStore(store, steps, locks and locks())
             timeout = 0.001 if hasty else SOON
-            client = OAuthClient(ClientMetadata.loopback(), store=watched, timeout=timeout, **network.client_options())
+            client = OAuthClient(
+                ClientMetadata.loopback(), store=watched, timeout=timeout, times=RESTLESS, **network.client_options()
+            )
             self._stores[client] = watched
             return clean_up.enter_context(client), steps, store
 

@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, StoreError, TokenSet, open_store
-from atproto_session import session_getter as refreshing
+from atproto_session.terms import Times
 
 from ..core import SOON, Worker
 
@@ -64,9 +64,9 @@ class Disk:
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    refreshing._STORE_PAUSES = tuple(setup["pauses"])
     store = open_store(setup["store"])
-    with OAuthClient(ClientMetadata.loopback(), store=store, **setup["options"]) as client:
+    times = Times(store_for=setup["store_for"], first_rest=0.0, longest_rest=0.0)
+    with OAuthClient(ClientMetadata.loopback(), store=store, times=times, **setup["options"]) as client:
         disk = Disk(client)
         replace = store.replace
 

@@ -36,7 +36,7 @@ from atproto_session.stores import open_store, rotate_encryption
 from atproto_session.testing.network import LocalNetwork
 from atproto_session.testing.network.wire import ConnectionCut, Request, Response
 
-from ..core import DID, KEY, SOON, make_tokens, wait_until
+from ..core import DID, KEY, RESTLESS, SOON, make_tokens, wait_until
 from ..crew import ROOT
 
 #: How many processes all the tests of this file kill, at least. The exact number depends on how many steps there are.
@@ -152,7 +152,7 @@ class Scene:
         self.url = url
         self.account = network.create_account()
         self.did = self.account.did
-        self.witness = OAuthClient(ClientMetadata.loopback(), store=url, **network.client_options())
+        self.witness = OAuthClient(ClientMetadata.loopback(), store=url, times=RESTLESS, **network.client_options())
         self.lost: set[str] = set()
         self.had_leftovers = False
         self.log_in()
@@ -192,7 +192,7 @@ class Scene:
             left = store.get(self.did)
             assert self.witness.sessions.get_stored(self.did) == left
             assert set(store) == (set() if left is None else {self.did})
-            yield OAuthClient(ClientMetadata.loopback(), store=store, **self.network.client_options())
+            yield OAuthClient(ClientMetadata.loopback(), store=store, times=RESTLESS, **self.network.client_options())
 
     def settle(self) -> None:
         """Until the servers have done whatever the dead have asked for."""

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from atproto_session import (
     ClientMetadata,
     Freshness,
     JSONStore,
-    LockTimeoutError,
     MemoryStore,
     OAuthClient,
     OAuthResponseError,
@@ -41,14 +41,14 @@ from atproto_session import (
     SQLiteStore,
     StoreError,
     TokenRefreshError,
-    session_getter,
 )
 from atproto_session.locks import ThreadLocks
 from atproto_session.session import Attempt
 from atproto_session.stores import FullStore
+from atproto_session.terms import Times
 from atproto_session.testing.network import Account, LocalNetwork
 
-from ..core import DID, SOON, FakeAuthority, Worker, expired_session
+from ..core import DID, QUICK, RESTLESS, SOON, FakeAuthority, Worker, expired_session
 from ..programs.store_scene import GET_SESSION, INSTANTS, Scene, Steps, WatchedStore, present, tokens_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,7 +70,7 @@ class Place:
         self.note_secrets()
 
     def open(self, store: Any = None, **options: Any) -> OAuthClient:
-        options = self.network.client_options() | options
+        options = self.network.client_options() | {"times": RESTLESS} | options
         client = OAuthClient(ClientMetadata.loopback(), store=store or self.url, **options)
         return self._clean_up.enter_context(client)
 
@@ -186,7 +186,7 @@ class WorkerProcess:
     :param patient: after a write that has failed, it goes on when there is room again.
     """
 
-    def __init__(self, place: Place, *, pauses: tuple[float, ...], patient: bool = False) -> None:
+    def __init__(self, place: Place, *, store_for: float, patient: bool = False) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.programs.store_worker"],
             stdin=subprocess.PIPE,
@@ -195,7 +195,7 @@ class WorkerProcess:
             cwd=ROOT,
         )
         options = place.network.client_options()
-        self._say({"store": place.url, "options": options, "pauses": pauses, "patient": patient})
+        self._say({"store": place.url, "options": options, "store_for": store_for, "patient": patient})
 
     def do(self, *order: str) -> Any:
         self._say(order)
@@ -217,7 +217,7 @@ class WorkerProcess:
 
 
 def test_on_a_full_disk_nothing_is_spent(place: Place) -> None:
-    with WorkerProcess(place, pauses=(0.0,)) as worker:
+    with WorkerProcess(place, store_for=0.0) as worker:
         worker.do("fill")
         for account in (place.alice, place.bob):
             assert worker.do("read", account.did) == place.stored(account).token_set.access_token
@@ -236,7 +236,7 @@ def test_on_a_full_disk_nothing_is_spent(place: Place) -> None:
 
 def test_a_disk_that_is_full_for_a_moment_loses_no_answer(place: Place) -> None:
     before = place.stored(place.alice)
-    with WorkerProcess(place, pauses=(0.0,), patient=True) as worker:
+    with WorkerProcess(place, store_for=SOON, patient=True) as worker:
         answer = place.network.fault("refresh", "late")
         worker.do("begin_refresh", place.alice.did)
         assert answer.fired.wait(SOON)
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_for_a_moment_loses_no_answer(place: Place) -> None:
 
 def test_a_disk_that_stays_full_ends_the_session_at_the_server(place: Place) -> None:
     token = place.stored(place.alice).token_set.refresh_token or ""
-    with WorkerProcess(place, pauses=(0.0, 0.0, 0.0)) as worker:
+    with WorkerProcess(place, store_for=0.0) as worker:
         answer = place.network.fault("refresh", "late")
         worker.do("begin_refresh", place.alice.did)
         assert answer.fired.wait(SOON)
@@ -384,17 +384,17 @@ def test_a_directory_that_is_away_for_a_moment_loses_no_answer(place: Place) -> 
     second_try.wait_until_reached()
     bring_back()
     second_try.release.set()
-    assert tokens_of(present(refresh.outcome())) == tokens_of(place.stored(place.alice))
+    renewed = present(refresh.outcome())
+    client.sessions.close()
+    assert tokens_of(renewed) == tokens_of(place.stored(place.alice))
     assert place.network.revocations == 0
     place.check_works()
 
 
-def test_a_directory_that_goes_for_good_ends_the_session_at_the_server(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_getter, "_STORE_PAUSES", (0.0, 0.0))
+def test_a_directory_that_goes_for_good_ends_the_session_at_the_server(place: Place) -> None:
+    client = place.open(times=Times(store_for=0.0, first_rest=0.0, longest_rest=0.0))
     answer = place.network.fault("refresh", "late")
-    refresh = Worker(lambda: place.refresh(place.alice))
+    refresh = Worker(lambda: place.refresh(place.alice, client))
     assert answer.fired.wait(SOON)
     bring_back = take_away(place.directory, "a file in its place")
     answer.release.set()
@@ -402,7 +402,7 @@ def test_a_directory_that_goes_for_good_ends_the_session_at_the_server(
         refresh.outcome()
     place.check_error(caught.value, "could not be stored", "log in again")
     assert isinstance(caught.value.__cause__, ExceptionGroup)
-    assert len(caught.value.__cause__.exceptions) == 4, "three tries to store it, one to delete what it replaced"
+    assert len(caught.value.__cause__.exceptions) == 2, "one try to store it, one to delete what it replaced"
     assert place.network.revocations == 1
     bring_back()
     with pytest.raises(TokenRefreshError) as over:
@@ -423,7 +423,6 @@ def test_a_deleted_lock_directory_is_made_again(
     clean_up: ExitStack,
     kind: str,
     instant: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene = Scene(network, f"{kind}:///{tmp_path}/sessions", clean_up)
     locks = tmp_path / ("sessions/locks" if kind == "json" else "sessions.locks")
@@ -436,13 +435,6 @@ def test_a_deleted_lock_directory_is_made_again(
         pause, refresh = scene.stopped_refresh(instant)
         shutil.rmtree(locks)
         pause.release.set()
-    if instant in INSTANTS[:2]:
-        with pytest.raises(LockTimeoutError, match="lost to somebody else"):
-            refresh.outcome()
-        assert scene.uses_of(first) == 0
-        # Who finds the attempt waits until its answer could no longer come; here, that is now.
-        monkeypatch.setattr(SessionGetter, "_is_gone", lambda getter, attempt, hold: True)
-        refresh = scene.refresh()
     scene.check_works(present(refresh.outcome()))
     assert scene.uses_of(first) == 1
     scene.check_works(present(scene.refresh().outcome()))
@@ -526,7 +518,9 @@ def test_a_database_that_is_locked_for_too_long_a_moment_loses_no_answer(sqlite_
         second_try.wait_until_reached()
         other.execute("ROLLBACK")
     second_try.release.set()
-    assert tokens_of(present(refresh.outcome())) == tokens_of(place.stored(place.alice))
+    renewed = present(refresh.outcome())
+    client.sessions.close()
+    assert tokens_of(renewed) == tokens_of(place.stored(place.alice))
     assert place.network.revocations == 0
     place.check_works()
 
@@ -691,12 +685,11 @@ def test_a_clock_that_jumps_loses_no_session(place: Place, seed: int) -> None:
     place.check_works()
 
 
-def test_an_attempt_from_the_future_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_getter, "_STORE_WITHIN", 2.0)
-    authority, store = FakeAuthority(answer_within=0.01), MemoryStore[Session]()
+def test_an_attempt_from_the_future_is_not_waited_for_without_end() -> None:
+    authority, store = FakeAuthority(), MemoryStore[Session]()
     next_year = time.time() + 365 * 86400
     store.set(DID, expired_session(attempt=Attempt("id", "by", next_year, next_year)))
     # Such locks say nothing about other processes, so that the attempt may be of one that is alive.
-    getter = SessionGetter(store, authority, locks=ThreadLocks())
+    getter = SessionGetter(store, authority, locks=ThreadLocks(), times=replace(QUICK, longest=0.1))
     assert getter.get_session(DID, timeout=SOON).token_set.access_token == "access-2"
     assert authority.sends == 1

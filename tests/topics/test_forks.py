@@ -29,10 +29,11 @@ from typing import Any
 import jwt
 import pytest
 
-from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, _fork
+from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, _fork, steps
+from atproto_session._flights import Flight
 from atproto_session.dpop import generate_verifier, proof
+from atproto_session.driver import _Driver
 from atproto_session.keys import generate_jwk, load_private_key
-from atproto_session.locks import ThreadLocks
 from atproto_session.stores import SQLiteStore, _connections, open_store
 from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.faults import Fault
@@ -630,10 +631,9 @@ def test_parent_and_children_draw_different_numbers(scene: Scene) -> None:
 
 
 def draw(client: OAuthClient, did: str) -> dict[str, object]:
-    session = client.sessions.get_session(did)
+    client.sessions.get_session(did)
     signed = proof(KEY, "GET", "https://pds.example.com/", clock=lambda: 0.0)
-    with ThreadLocks().hold(did, timeout=0) as hold:
-        attempt = client.sessions._new_attempt(session, hold)
+    attempt = _Driver(Flight(did, lambda flight: None), client.sessions._world).do(steps.Sign())
     return {
         "jti": jwt.decode(signed, options={"verify_signature": False})["jti"],
         "signature": jwt.encode({}, load_private_key(KEY), algorithm="ES256").rpartition(".")[2][:32],

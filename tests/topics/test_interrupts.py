@@ -21,7 +21,7 @@ import pytest
 from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
-from ..core import SOON, Worker
+from ..core import RESTLESS, SOON, Worker
 from ..crew import ROOT
 
 GET_SESSION = "/xrpc/com.atproto.server.getSession"
@@ -45,7 +45,7 @@ class Scene:
             self.before = client.sessions.get_session(self.did).token_set
 
     def client(self) -> OAuthClient:
-        return OAuthClient(ClientMetadata.loopback(), store=self.store, **self.network.client_options())
+        return OAuthClient(ClientMetadata.loopback(), store=self.store, times=RESTLESS, **self.network.client_options())
 
     def check_that_it_was_refreshed_once(self) -> None:
         """And that the next process goes on with what is stored: this one, which had no part in the refresh."""
