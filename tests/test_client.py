@@ -229,9 +229,10 @@ def test_a_server_that_refuses_the_request(network: LocalNetwork, client: OAuthC
 
 @pytest.mark.duty(28)
 @pytest.mark.parametrize("endpoint", ["par", "token"])
-def test_an_answer_without_a_nonce_is_refused(
+def test_a_strict_client_refuses_an_answer_without_a_nonce(
     endpoint: str, network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:
+    client._nonces._strict = True
     url = client.authorize(account.did)
     if endpoint == "token":
         callback = network.authorize(url, account)

@@ -184,6 +184,14 @@ def drip(call: Call, *, interval: float = 0.05, body_only: bool = False) -> Resp
     return replace(call.processed(), drip=Drip(interval, call.fault.release, body_only))
 
 
+def rewritten(call: Call, *, rewrite: Callable[[bytes, bytes], bytes], ending: str = "close") -> Response:
+    """Process the request and send what ``rewrite`` makes of the bytes of the head and of the body of the answer; then
+    ``"close"``, ``"reset"`` or ``"keep"`` the connection."""
+    if ending not in ("close", "reset", "keep"):
+        raise ValueError(f"no ending {ending!r}; there are close, reset and keep")
+    return replace(call.processed(), rewrite=rewrite, ending=ending)
+
+
 def status(
     call: Call,
     *,
@@ -270,7 +278,7 @@ def custom(call: Call, *, respond: Callable[[Request], Response]) -> Response:
 ACTIONS: Mapping[str, Callable[..., Response]] = {
     action.__name__: action
     for action in (
-        *(cut_before, cut_after, hold, late, drip),
+        *(cut_before, cut_after, hold, late, drip, rewritten),
         *(status, html, oversize, redirect, oauth_error, nonce_challenge, no_nonce),
         *(wrong_sub, scope_without_atproto, wrong_token_type, no_expires_in, no_refresh_token, custom),
     )
