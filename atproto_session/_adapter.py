@@ -109,6 +109,7 @@ class Bounds(Timeout):
     :ivar sent: the server may have seen something of the request. As long as it is ``False`` it provably has not: the
         name did not resolve, the connection was refused, the TLS handshake failed, the proxy declined.
     :ivar received: all bytes that have arrived, where ``is_whole`` was given.
+    :ivar ended_early: the answer was whole before its server ended it.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Bounds(Timeout):
         self.is_whole = is_whole
         self.sent = False
         self.received = bytearray()
+        self.ended_early = False
         self._bytes_left = max_bytes
         self._readers: list[_BoundedReader] = []
         self._late_until: float | None = None
@@ -233,7 +235,7 @@ class _BoundedReader(io.RawIOBase):
                 received = self._receive(buffer, bounds.wait(self._read_timeout))
             except TimeoutError:
                 if bounds.is_whole is not None and bounds.is_whole(bytes(bounds.received)):
-                    received = 0  # the server only does not say that this is all
+                    received, bounds.ended_early = 0, True  # the server only does not say that this is all
                 elif bounds.is_whole is None or bounds.is_over:
                     raise
                 else:
@@ -271,7 +273,8 @@ class _BoundedReader(io.RawIOBase):
 
 class _BoundedResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
-        self._reader = _BoundedReader(sock, _bounds())
+        self._bounds = _bounds()
+        self._reader = _BoundedReader(sock, self._bounds)
         super().__init__(cast(socket.socket, self._reader), *args, **options)
 
     def begin(self) -> None:
@@ -280,6 +283,9 @@ class _BoundedResponse(http.client.HTTPResponse):
         while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
             self.headers = self.msg = None  # type: ignore[assignment]
             self._begin()
+        # urllib3 would write them into the log and go on without the headers that follow.
+        if self._bounds.is_whole is not None and self.headers.defects:
+            raise http.client.HTTPException("malformed headers")
         # urllib3 rejects this as well, but leaves the socket open.
         if len({length.strip() for length in ",".join(self.headers.get_all("Content-Length", [])).split(",")}) > 1:
             raise http.client.HTTPException("contradictory lengths")

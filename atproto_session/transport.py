@@ -311,6 +311,8 @@ def _find_better(response: Response, bounds: Bounds) -> Response:
     if response.is_object:
         if response.content_type != "application/json":
             _log.warning("%s answered with JSON that it does not call so", server)
+        elif bounds.ended_early:
+            _log.warning("%s did not say where its answer ends", server)
         return response
     found = find_answer(bytes(bounds.received))
     if found is None and not response.body.lstrip().startswith(b"<"):
