@@ -45,7 +45,7 @@ class TrustedHosts:
         names: list[str] = []
         networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         for host in hosts:
-            text = host.strip().strip("[]").lower() if isinstance(host, str) else ""
+            text = host.strip().strip("[]").rstrip(".").lower() if isinstance(host, str) else ""
             try:
                 networks.append(ipaddress.ip_network(text, strict=False))
                 continue

@@ -176,6 +176,24 @@ class OAuthSession(requests.Session):
         request.url = urljoin(self._adapter.audience, request.url or "")
         return super().prepare_request(request)
 
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """As in requests, which does not expect any text in a ``Location``.
+
+        :raises TransportError: the redirect leads to no http or https URL.
+        """
+        target = super().get_redirect_target(resp)
+        if target is not None:
+            try:
+                origin(urljoin(resp.url, target))
+            except ValueError as error:
+                resp.close()
+                raise TransportError(
+                    f"{self._adapter.audience} redirects to an address that {printable(str(error))}",
+                    sent=True,
+                    retryable=False,
+                ) from None
+        return target
+
     def token_info(self, refresh: Literal["auto"] | bool = "auto") -> TokenInfo:
         """What may be shown of the tokens. ``refresh`` and the errors as in :meth:`.SessionGetter.get_session`."""
         tokens = self._signer.getter.get_session(self._signer.key, refresh).token_set

@@ -39,8 +39,8 @@ ANSWER_WITHIN = 120.0
 REPLY_WITHIN = 30.0
 #: Longer lives are taken for nonsense, in seconds.
 _LONGEST_LIFE = 10 * 365 * 86400.0
-#: Nobody is asked to stay away for longer, in seconds.
-_LONGEST_REST = 86400.0
+#: Nobody is asked to stay away for longer, in seconds. (urllib3 has the same bound.)
+_LONGEST_REST = 6 * 3600.0
 #: A number of seconds as large as this is a moment since 1970.
 _EPOCH = 1e9
 #: Clocks that differ by less than this are not worth a word, in seconds.
@@ -411,8 +411,8 @@ def _moment(value: str | None) -> float | None:
 
 def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
     """For how many seconds the server asks not to be called: ``Retry-After`` (RFC 9110 section 10.2.3), or, with a 429
-    without it, what a ``RateLimit-Reset`` says (a number of seconds, or, as Bluesky sends it, a moment). A day at most;
-    ``None`` if it does not say."""
+    without it, what a ``RateLimit-Reset`` says (a number of seconds, or, as Bluesky sends it, a moment). Six hours at
+    most; ``None`` if it does not say."""
     seconds = _seconds(headers.get("Retry-After"))
     if seconds is None and status == 429:
         reset = _seconds(headers.get("RateLimit-Reset") or headers.get("X-RateLimit-Reset"))

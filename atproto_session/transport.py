@@ -8,6 +8,7 @@ time and one of size (:mod:`.adapter`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import logging
@@ -56,7 +57,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _PAUSE = 0.25
 #: How long to wait for the rest of an answer that seems to be over and is no JSON, in seconds.
 _REST_WITHIN = 0.5
-#: What makes a second try worth while. A name server that is busy is told apart by its number.
+#: What makes a second try worth while. Name servers that are busy, and connections that were reset before the TLS
+#: handshake, are told by their numbers.
 _BY_CHANCE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
@@ -326,8 +328,9 @@ def _find_better(response: Response, bounds: Bounds) -> Response:
 
 def _is_worth_another_try(reason: BaseException, bounds: Bounds, deadline: float) -> bool:
     """Whether a request that came to nothing has provably not been seen, and a second may do better."""
+    number = reason.errno if isinstance(reason, OSError) else None
     by_chance = isinstance(reason, _BY_CHANCE) or (
-        isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_AGAIN
+        number == (socket.EAI_AGAIN if isinstance(reason, socket.gaierror) else errno.ENOTCONN)
     )
     return by_chance and not bounds.sent and deadline - time.monotonic() > _PAUSE
 

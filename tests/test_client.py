@@ -411,6 +411,29 @@ def test_tokens_go_to_the_pds_alone(network: LocalNetwork, client: OAuthClient, 
         assert elsewhere.resource_requests == 0
 
 
+@pytest.mark.parametrize(
+    "to",
+    [
+        *("javascript:alert(1)", "file:///etc/passwd", "data:text/html,x", "mailto:a@example.com", "https://["),
+        *("https://a:b/", "https://[::1", "https://", "ftp://pds.example.com/", "//["),
+    ],
+)
+def test_a_redirect_to_what_is_no_url_is_a_transport_error(
+    to: str, network: LocalNetwork, session: OAuthSession
+) -> None:
+    network.fault("resource", "redirect", to=to)
+    with pytest.raises(TransportError, match="redirects to an address that") as caught:
+        session.get(ECHO)
+    assert not caught.value.retryable
+    assert caught.value.sent
+
+
+def test_a_request_to_what_is_no_url_is_a_transport_error(session: OAuthSession) -> None:
+    with pytest.raises(TransportError, match="was not sent") as caught:
+        session.get("javascript:alert(1)")
+    assert not caught.value.retryable
+
+
 def test_a_redirect_within_the_pds_is_followed(
     network: LocalNetwork, client: OAuthClient, session: OAuthSession
 ) -> None:

@@ -148,7 +148,7 @@ def test_a_document_is_a_json_object_with_status_200(sent: bytes, complaint: str
     with ScriptedServer(replying(sent)) as server, pytest.raises(UnusableResponse, match=complaint) as caught:
         Transport(allow_http=True).get_json(f"http://localhost:{server.port}/")
     assert caught.value.retryable is retryable
-    assert server.accepted == 1
+    assert server.accepted == (2 if "503" in complaint else 1)
 
 
 def test_a_document_may_be_declared_with_parameters_or_as_anything_where_that_is_asked_for() -> None:
@@ -460,7 +460,25 @@ def test_redirects_are_followed_only_as_far_as_is_asked() -> None:
 
 @pytest.mark.duty(42)
 @pytest.mark.parametrize(
-    "location", ["http://pds.example.com/", "https://10.0.0.1/", "file:///etc/passwd", "https://[", "/\\evil"]
+    "location",
+    [
+        *(
+            "http://pds.example.com/",
+            "https://10.0.0.1/",
+            "file:///etc/passwd",
+            "https://[",
+            "/\\evil",
+            "https:///",
+        ),
+        *(
+            "javascript:alert(1)",
+            "data:text/html,x",
+            "mailto:a@example.com",
+            "https://a:b/",
+            "https://[::1",
+            "http://a\x00b",
+        ),
+    ],
 )
 def test_a_redirect_to_an_improper_url_is_refused(location: str) -> None:
     server = ScriptedServer(replying(answer(302, location=location)))
