@@ -334,6 +334,13 @@ def test_the_connection_that_was_idle_longest_is_closed_when_there_are_too_many(
         assert len(http.get_adapter("http://")._idle) == 2  # type: ignore[attr-defined]
 
 
+def test_a_pool_that_was_closed_in_this_moment_is_of_no_harm() -> None:
+    adapter = HardenedAdapter(allow_http=True)
+    request = requests.Request("GET", "http://127.0.0.1:1/").prepare()
+    adapter.get_connection_with_tls_context(request, verify=True).close()
+    assert adapter.get_connection_with_tls_context(request, verify=True).pool is None
+
+
 class Connection:
     closed = False
 

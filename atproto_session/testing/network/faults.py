@@ -19,7 +19,7 @@ from typing import Any
 from .authorization_server import NO_REFRESH_TOKEN
 from .errors import OAuthError, use_nonce
 from .routes import NonceServer, Process, Route
-from .wire import ConnectionCut, Drip, Request, Response
+from .wire import ConnectionCut, Drip, Ending, Request, Response
 
 #: Where a fault may wait. ``refresh`` is the token endpoint with ``grant_type=refresh_token`` only.
 ENDPOINTS = frozenset(
@@ -184,11 +184,9 @@ def drip(call: Call, *, interval: float = 0.05, body_only: bool = False) -> Resp
     return replace(call.processed(), drip=Drip(interval, call.fault.release, body_only))
 
 
-def rewritten(call: Call, *, rewrite: Callable[[bytes, bytes], bytes], ending: str = "close") -> Response:
+def rewritten(call: Call, *, rewrite: Callable[[bytes, bytes], bytes], ending: Ending = "close") -> Response:
     """Process the request and send what ``rewrite`` makes of the bytes of the head and of the body of the answer; then
     ``"close"``, ``"reset"`` or ``"keep"`` the connection."""
-    if ending not in ("close", "reset", "keep"):
-        raise ValueError(f"no ending {ending!r}; there are close, reset and keep")
     return replace(call.processed(), rewrite=rewrite, ending=ending)
 
 

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, parse_qsl
 
 logger = logging.getLogger(__name__)
+
+#: What becomes of a connection.
+Ending = Literal["keep", "close", "reset"]
 
 _CHUNK = 64 * 1024
 _FORM = "application/x-www-form-urlencoded"
@@ -100,7 +103,7 @@ class Response:
     chunked: bool = False
     drip: Drip | None = None
     rewrite: Callable[[bytes, bytes], bytes] | None = None
-    ending: str = "close"
+    ending: Ending = "close"
 
     @classmethod
     def of_json(cls, value: object, status: int = 200, content_type: str = "application/json") -> Response:
@@ -257,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.wfile.write(slow[sent : sent + 1])
 
-    def _end(self, ending: str) -> None:
+    def _end(self, ending: Ending) -> None:
         if ending == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
