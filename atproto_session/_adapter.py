@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
@@ -69,13 +69,17 @@ class Network:
     trusted: TrustedHosts = NOBODY
 
     @classmethod
-    def default(cls, *, allow_http: bool = False, trusted_hosts: TrustedHosts | Iterable[str] = ()) -> Network:
-        """The public Internet and ``trusted_hosts``; with ``allow_http`` loopback as well.
+    def default(cls, *, allow_http: bool = False) -> Network:
+        """The public Internet; with ``allow_http`` loopback as well."""
+        return cls(is_allowed=is_public_or_loopback) if allow_http else cls()
 
-        :raises ValueError: ``trusted_hosts`` has an entry that is no host.
+    def trusting(self, hosts: TrustedHosts | Iterable[str]) -> Network:
+        """The same with ``hosts`` as its trusted ones, if there are any.
+
+        :raises ValueError: an entry is no host.
         """
-        is_allowed = is_public_or_loopback if allow_http else is_public_address
-        return cls(is_allowed=is_allowed, trusted=TrustedHosts.of(trusted_hosts))
+        trusted = TrustedHosts.of(hosts)
+        return self if trusted == NOBODY else replace(self, trusted=trusted)
 
     def permits(self, host: str, address: str) -> bool:
         """Whether a connection may go to ``address``, which ``host`` resolves to."""
@@ -475,7 +479,7 @@ class HardenedAdapter(HTTPAdapter):
         network: Network | None = None,
         trusted_hosts: TrustedHosts | Iterable[str] = (),
     ) -> None:
-        self._network = network or Network.default(allow_http=allow_http, trusted_hosts=trusted_hosts)
+        self._network = (network or Network.default(allow_http=allow_http)).trusting(trusted_hosts)
         self._servers, self._maxsize, self._max_idle = pool_connections, pool_maxsize, max_idle
         self._idle: dict[_IdleSlot, _Idle] = {}
         super().__init__(pool_connections=pool_connections, pool_maxsize=pool_maxsize, max_retries=0)

@@ -18,7 +18,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import urljoin
 
@@ -149,13 +149,13 @@ class Transport:
     ) -> None:
         self.allow_http = allow_http
         self.timeout = timeout
-        self.trusted_hosts = TrustedHosts.of(trusted_hosts)
         self._connect_timeout = connect_timeout
         self._look_up_timeout = look_up_timeout
         self._max_bytes = max_bytes
         self._user_agent = user_agent
         self._ca_bundle = ca_bundle
-        self._network = replace(network or Network.default(allow_http=allow_http), trusted=self.trusted_hosts)
+        self._network = (network or Network.default(allow_http=allow_http)).trusting(trusted_hosts)
+        self.trusted_hosts = self._network.trusted
 
     def check_url(self, url: object) -> str:
         """:func:`check_url` by the rules of this transport."""
