@@ -83,6 +83,15 @@ class Promise(Generic[T]):
             self._waiters.remove(arrived)
         return True
 
+    def get(self, timeout: float) -> T:
+        """The result, once it is there.
+
+        :raises TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError("timed out")
+        return self.result()
+
     def result(self) -> T:
         """The result, which is there, or its error, raised."""
         if self._outcome is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
@@ -18,18 +20,72 @@ _URL = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
 _AUTHORITY = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
+# Names of private networks may be single labels, and hold underscores.
+_PRIVATE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+
+
+@dataclass(frozen=True)
+class TrustedHosts:
+    """Hosts that may have private addresses, for development and for networks of one's own. Everything else stays
+    refused."""
+
+    names: frozenset[str] = frozenset()
+    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
+
+    @classmethod
+    def of(cls, hosts: TrustedHosts | Iterable[str]) -> TrustedHosts:
+        """Read a list of names (``"pds"``), addresses (``"10.0.0.5"``) and networks (``"172.16.0.0/12"``).
+
+        :raises ValueError: an entry is none of these; the message names it.
+        """
+        if isinstance(hosts, TrustedHosts):
+            return hosts
+        if isinstance(hosts, str | bytes) or not isinstance(hosts, Iterable):
+            raise ValueError("trusted_hosts is not a list of host names, addresses and networks")  # noqa: TRY004
+        names: list[str] = []
+        networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for host in hosts:
+            text = host.strip().strip("[]").rstrip(".").lower() if isinstance(host, str) else ""
+            try:
+                networks.append(ipaddress.ip_network(text, strict=False))
+                continue
+            except ValueError:
+                pass
+            if not _PRIVATE_NAME.fullmatch(text) or text.rpartition(".")[2].isdigit():
+                raise ValueError(
+                    f"trusted_hosts: {host!r} is not a host name, an IP address or a network such as 172.16.0.0/12"
+                )
+            names.append(text)
+        return cls(frozenset(names), tuple(networks))
+
+    def __contains__(self, host: str) -> bool:
+        """Whether ``host``, a name or an address, is trusted."""
+        bare = host.strip("[]").lower()
+        if bare in self.names:
+            return True
+        try:
+            address = ipaddress.ip_address(bare)
+        except ValueError:
+            return False
+        return any(address in network for network in self.networks)
+
+
+NOBODY = TrustedHosts()
+
+
 def is_host_name(text: str) -> bool:
     """Whether ``text`` is a full host name: at most 253 ASCII characters, two labels or more, not an IP address."""
     return len(text) <= 253 and _HOST_NAME.fullmatch(text) is not None
 
 
-def check_url(url: object, *, allow_http: bool = False) -> str:
+def check_url(url: object, *, allow_http: bool = False, trusted: TrustedHosts = NOBODY) -> str:
     """``url`` itself, if it may be fetched although it comes from outside.
 
     It is https, names its host by a full name, and has no user name, password or fragment.
 
     :param allow_http: for development: loopback hosts (``localhost``, ``127.0.0.1``, ``[::1]``) are good too, over http
-        as well as https.
+        as well as https; and those in ``trusted`` may use http.
+    :param trusted: hosts that may be single labels and addresses.
     :raises ValueError: it may not be. The message is a predicate ("does not use https") without the URL, in which
         there may be a password.
     """
@@ -40,26 +96,27 @@ def check_url(url: object, *, allow_http: bool = False) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise ValueError("is not a URL") from None
-    is_loopback = allow_http and host in _LOOPBACK_HOSTS
-    if parts.scheme != "https" and not (is_loopback and parts.scheme == "http"):
+    is_trusted = host in trusted
+    is_local = is_trusted or (allow_http and host in _LOOPBACK_HOSTS)
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_local and allow_http):
         raise ValueError("does not use https")
     if "@" in parts.netloc:
         raise ValueError("holds a user name or a password")
-    if not _AUTHORITY.fullmatch(parts.netloc) or port == 0:
+    if not _AUTHORITY.fullmatch(parts.netloc.replace("_", "-") if is_trusted else parts.netloc) or port == 0:
         raise ValueError("is not a URL")
-    if not is_loopback and not is_host_name(host):
+    if not is_local and not is_host_name(host):
         raise ValueError("does not name its host by a full name")
     if "#" in url:
         raise ValueError("has a fragment")
     return url
 
 
-def check_origin(url: object, *, allow_http: bool = False) -> str:
+def check_origin(url: object, *, allow_http: bool = False, trusted: TrustedHosts = NOBODY) -> str:
     """``url`` itself, if it is an origin as :func:`origin` writes it and may be fetched (:func:`check_url`).
 
     :raises ValueError: it is not. The message is a predicate.
     """
-    if origin(checked := check_url(url, allow_http=allow_http)) != checked:
+    if origin(checked := check_url(url, allow_http=allow_http, trusted=trusted)) != checked:
         raise ValueError("is more than an origin, or not in its normal form")
     return checked
 

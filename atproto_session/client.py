@@ -13,8 +13,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from requests.auth import AuthBase
 
 from ._adapter import HardenedAdapter
+from ._warm import warm_up
 from .client_auth import negotiate
-from .discovery import Discovery, ServerMetadata
+from .discovery import Discovery
 from .dpop import NonceCache, challenge_of, generate_verifier
 from .errors import OAuthCallbackError, StoreError, TokenRefreshError, printable
 from .identity import IdentityResolver, check_did, normalize_handle
@@ -22,7 +23,7 @@ from .keys import Keyset, generate_jwk
 from .locks import Locks
 from .metadata import ClientMetadata
 from .oauth_session import AccountAuth, OAuthSession, Signer
-from .server import AccountAuthority, AuthorizationServer
+from .server import AccountAuthority
 from .session import (
     ClientAuthMethod,
     Freshness,
@@ -95,6 +96,7 @@ class OAuthClient:
         on_interrupted: Literal["retry", "fail"] = "retry",
         times: Times | None = None,
     ) -> None:
+        warm_up()
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
             raise StoreError("encryption_keys go with a store that is given as a URL; give them to the store itself")
@@ -111,7 +113,9 @@ class OAuthClient:
             self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
         )
         self._discovery = Discovery(self._transport, allow_http=allow_http)
-        self._authority = AccountAuthority(self._identities, self._discovery, self._server_of, metadata, keyset)
+        self._authority = AccountAuthority(
+            self._identities, self._discovery, self._transport, self._nonces, metadata, keyset
+        )
         self.sessions = SessionGetter(
             self._store,
             self._authority,
@@ -167,7 +171,7 @@ class OAuthClient:
             identity = self._identities.resolve(account)
             did, issuer = identity.did, self._discovery.authorization_server_of(identity.pds)
             hint = did if did in account else normalize_handle(account, allow_http=self._allow_http)
-        server = self._server_of(self._discovery.metadata(issuer))
+        server = self._authority.server(issuer)
         method = negotiate(self.metadata, self._keyset, server.metadata)
         key, verifier, ticket = generate_jwk(), generate_verifier(), secrets.token_urlsafe(24)
         params = {
@@ -246,8 +250,8 @@ class OAuthClient:
 
     def _exchange(self, code: str, login: Mapping[str, Any], refuse: Callable[[str], OAuthCallbackError]) -> Session:
         method = ClientAuthMethod(login["authMethod"]["method"], login["authMethod"]["kid"])
-        server = self._server_of(self._discovery.metadata(login["issuer"]))
-        tokens = server.exchange(code, login["verifier"], login["redirectUri"], login["dpopJwk"], method)
+        server = self._authority.server(login["issuer"])
+        tokens = server.exchange_code(code, login["verifier"], login["redirectUri"], login["dpopJwk"], method)
         session = Session(login["dpopJwk"], method, tokens)
         # Nothing of the answer is trusted before it is known to be of the account that began the log-in, or, if that
         # was begun at a server, of one that this server speaks for.
@@ -322,9 +326,6 @@ class OAuthClient:
     def jwks(self) -> dict[str, Any]:
         """The public keys, to serve at ``jwks_uri`` if the metadata has one."""
         return {"keys": []} if self._keyset is None else self._keyset.jwks()
-
-    def _server_of(self, metadata: ServerMetadata) -> AuthorizationServer:
-        return AuthorizationServer(metadata, self.metadata, self._keyset, self._transport, self._nonces)
 
     def _signer(self, key: str, session: Session | None = None) -> Signer:
         return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session)

@@ -7,53 +7,84 @@ keeps the nonces. Whoever drives it brings the HTTP.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
+import logging
+import re
 import secrets
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import parse_http_list
 
 import jwt
 
-from ._fork import reset_in_child
 from ._urls import origin
+from .errors import TransportError
 from .keys import algorithm_of, load_private_key, public_jwk
 
-_ALGORITHMS = {name: jwt.get_algorithm_by_name(name) for name in ("ES256", "ES256K")}
+_log = logging.getLogger("atproto_session")
 
 #: Longer ones are not kept: a nonce comes from outside, and goes into every proof.
 _LONGEST_NONCE = 512
 
 
 class NonceCache:
-    """The last nonce of every server, by origin. Safe to share between threads; bounded."""
+    """The last nonce of every server, by origin, and what to make of servers that give none. Safe to share between
+    threads, and with signal handlers: it has no lock. Bounded.
 
-    def __init__(self, max_entries: int = 1000) -> None:
+    :param strict: see :meth:`check`.
+    """
+
+    def __init__(self, max_entries: int = 1000, *, strict: bool = False) -> None:
         self._max_entries = max_entries
+        self._strict = strict
+        # What is asked of these happens in one step.
         self._nonces: OrderedDict[str, str] = OrderedDict()
-        self.reset_after_fork()
-        reset_in_child(self)
-
-    def reset_after_fork(self) -> None:
-        self._mutex = threading.Lock()
+        self._without: OrderedDict[str, str] = OrderedDict()
 
     def get(self, server: str) -> str | None:
         return self._nonces.get(server)
 
     def set(self, server: str, nonce: str) -> None:
-        if self._nonces.get(server) == nonce or not 0 < len(nonce) <= _LONGEST_NONCE:
+        if self._nonces.get(server) != nonce and 0 < len(nonce) <= _LONGEST_NONCE:
+            self._keep(self._nonces, server, nonce)
+
+    def check(self, answer: Answer, url: str, *, may_refuse: bool = True) -> None:
+        """The one rule for answers without a ``DPoP-Nonce``, whatever was asked for (RFC 9449 sections 8 and 9; the AT
+        Protocol has clients reject them). They are used, and a warning is logged once for each server, since many
+        servers give none. A ``strict`` client rejects them all; only tokens that were refreshed are never thrown away
+        for it (``may_refuse=False``), since what they were paid with is gone.
+
+        For the answer to a request that succeeded. One that did not is reported as what it is.
+
+        :param url: what was asked.
+        :raises TransportError: the answer is rejected. Not ``retryable``.
+        """
+        if answer.nonce is not None:
             return
-        with self._mutex:
-            self._nonces[server] = nonce
-            self._nonces.move_to_end(server)
-            if len(self._nonces) > self._max_entries:
-                self._nonces.popitem(last=False)
+        server = origin(url)
+        if self._strict and may_refuse:
+            raise TransportError(
+                f"{server} answered without a DPoP nonce, so it may not have checked the proof; a client with "
+                "strict=True does not use such an answer",
+                sent=True,
+                retryable=False,
+            )
+        if server not in self._without:
+            self._keep(self._without, server, server)
+            _log.warning("%s answers without DPoP nonces, so it may not check proofs", server)
+
+    def _keep(self, entries: OrderedDict[str, str], server: str, value: str) -> None:
+        entries[server] = value
+        with suppress(KeyError):  # another thread has taken it out
+            entries.move_to_end(server)
+            while len(entries) > self._max_entries:
+                entries.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -75,13 +106,10 @@ class Answer:
         :param headers: looked up without regard to case.
         :param body: if a function, called only where the headers do not decide.
         """
-        wants_nonce = False
-        if status in (400, 401):
-            challenge = headers.get("WWW-Authenticate") or ""
-            wants_nonce = challenge_error(challenge) == "use_dpop_nonce" or (
-                "json" in (headers.get("Content-Type") or "").lower()
-                and _error_in(body() if callable(body) else body) == "use_dpop_nonce"
-            )
+        wants_nonce = status in (400, 401) and (
+            "use_dpop_nonce" in challenge_errors(headers)
+            or _error_in(body() if callable(body) else body) == "use_dpop_nonce"
+        )
         return cls(headers.get("DPoP-Nonce"), wants_nonce)
 
 
@@ -147,45 +175,31 @@ def proof(
         claims["nonce"] = nonce
     if access_token is not None:
         claims["ath"] = _base64url(hashlib.sha256(access_token.encode()).digest()).decode("ascii")
-    algorithm = algorithm_of(key)
-    header = _encoded_header(algorithm, **public_jwk(key))
-    message = header + b"." + _base64url(json.dumps(claims, separators=(",", ":")).encode())
-    signature = _ALGORITHMS[algorithm].sign(message, load_private_key(key))
-    return (message + b"." + _base64url(signature)).decode("ascii")
+    header = {"typ": "dpop+jwt", "jwk": public_jwk(key)}
+    return jwt.encode(claims, load_private_key(key), algorithm=algorithm_of(key), headers=header)
 
 
-@functools.lru_cache(maxsize=1024)
-def _encoded_header(algorithm: str, **jwk: str) -> bytes:
-    # The same for every proof of a session, and a third of the cost of one.
-    return _base64url(json.dumps({"typ": "dpop+jwt", "alg": algorithm, "jwk": jwk}, separators=(",", ":")).encode())
+#: How much of a header is looked at.
+_LONGEST_CHALLENGE = 16 * 1024
+# One element of the list: a scheme, with its first parameter if it has any, or a further parameter of that scheme.
+_SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s+(?!=)(.*))?", re.DOTALL)
 
 
-def challenge_error(challenge: str) -> str | None:
-    """The ``error`` of a ``WWW-Authenticate`` challenge of the scheme ``DPoP`` or ``Bearer`` (RFC 6750 section 3)."""
-    scheme, _, parameters = challenge.strip()[:4096].partition(" ")
-    if scheme.lower() not in ("dpop", "bearer"):
-        return None
-    for parameter in _split_unquoted(parameters):
+def challenge_errors(headers: Mapping[str, str]) -> set[str]:
+    """Every ``error``, in lower case, of all challenges of the schemes ``DPoP`` and ``Bearer`` in ``WWW-Authenticate``
+    (RFC 9110 section 11.6.1, RFC 6750 section 3), however many there are.
+
+    :param headers: looked up without regard to case; several fields of that name joined by commas, as in requests.
+    """
+    errors, scheme = set(), ""
+    for element in parse_http_list((headers.get("WWW-Authenticate") or "")[:_LONGEST_CHALLENGE]):
+        parameter = element
+        if match := _SCHEME.fullmatch(element):
+            scheme, parameter = match[1].lower(), match[2] or ""
         name, _, value = parameter.partition("=")
-        if name.strip().lower() == "error":
-            return value.strip().strip('"')
-    return None
-
-
-def _split_unquoted(text: str) -> list[str]:
-    """``text`` split at the commas that stand outside of quotes."""
-    parts, start, quoted, escaped = [], 0, False, False
-    for position, character in enumerate(text):
-        if escaped:
-            escaped = False
-        elif quoted and character == "\\":
-            escaped = True
-        elif character == '"':
-            quoted = not quoted
-        elif character == "," and not quoted:
-            parts.append(text[start:position])
-            start = position + 1
-    return [*parts, text[start:]]
+        if scheme in ("dpop", "bearer") and name.strip().lower() == "error":
+            errors.add(value.strip().strip('"').strip().lower())
+    return errors
 
 
 def _error_in(body: bytes) -> object:

@@ -18,7 +18,8 @@ import dns.exception
 import dns.name
 import dns.resolver
 
-from ._adapter import Spawned, spawn
+from ._adapter import look_up_aside
+from ._threads import Promise
 from ._urls import check_url, is_host_name, origin
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import ClientMetadataError, IdentityError, TransportError, printable
@@ -274,7 +275,7 @@ class IdentityResolver:
     def _did_of(self, handle: str, deadline: float) -> str:
         if self._handle_resolver is not None:
             return self._ask_resolver(handle, deadline)
-        over_https = spawn(lambda: self._ask_https(handle, deadline))
+        over_https = look_up_aside(lambda: self._ask_https(handle, deadline))
         try:
             found = self._ask_dns(handle, deadline)
         except _NotFound as error:
@@ -349,9 +350,9 @@ class _NotFound(Exception):
         self.retryable = retryable
 
 
-def _result(lookup: Spawned[str], deadline: float) -> str:
+def _result(lookup: Promise[str], deadline: float) -> str:
     try:
-        return lookup.result(max(0.0, deadline - time.monotonic()))
+        return lookup.get(max(0.0, deadline - time.monotonic()))
     except TimeoutError:
         raise _NotFound("its web server did not answer in time", retryable=True) from None
 

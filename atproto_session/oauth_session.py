@@ -14,7 +14,7 @@ from requests.auth import AuthBase
 from requests.utils import rewind_body
 
 from ._urls import origin
-from .dpop import Answer, NonceCache, challenge_error, dpop_flow, next_proof
+from .dpop import Answer, NonceCache, challenge_errors, dpop_flow, next_proof
 from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError, printable
 from .keys import load_private_key
 from .session import Session, TokenInfo, TokenSet, subject_of
@@ -176,6 +176,24 @@ class OAuthSession(requests.Session):
         request.url = urljoin(self._adapter.audience, request.url or "")
         return super().prepare_request(request)
 
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """As in requests, which does not expect any text in a ``Location``.
+
+        :raises TransportError: the redirect leads to no http or https URL.
+        """
+        target = super().get_redirect_target(resp)
+        if target is not None:
+            try:
+                origin(urljoin(resp.url, target))
+            except ValueError as error:
+                resp.close()
+                raise TransportError(
+                    f"{self._adapter.audience} redirects to an address that {printable(str(error))}",
+                    sent=True,
+                    retryable=False,
+                ) from None
+        return target
+
     def token_info(self, refresh: Literal["auto"] | bool = "auto") -> TokenInfo:
         """What may be shown of the tokens. ``refresh`` and the errors as in :meth:`.SessionGetter.get_session`."""
         tokens = self._signer.getter.get_session(self._signer.key, refresh).token_set
@@ -276,7 +294,10 @@ def _aim(request: requests.PreparedRequest, audience: str | None, tokens: TokenS
     url = request.url or ""
     if url.startswith(f"{tokens.aud}/"):
         return
-    at, pds = origin(url), origin(tokens.aud)
+    try:
+        at, pds = origin(url), origin(tokens.aud)
+    except ValueError as error:  # of a redirect, for instance
+        raise TransportError(f"a request was not sent, because its address {error}", retryable=False) from None
     if at == pds:
         return
     if audience is None or at != origin(audience):
@@ -294,9 +315,7 @@ def _answer_of(response: requests.Response) -> Answer:
 
 def _is_refused(response: requests.Response) -> bool:
     """Whether it was the token that the server did not like (RFC 6750 section 3.1). A 403 never is about that."""
-    return (
-        response.status_code == 401 and challenge_error(response.headers.get("WWW-Authenticate", "")) == "invalid_token"
-    )
+    return response.status_code == 401 and "invalid_token" in challenge_errors(response.headers)
 
 
 def _rewind(request: requests.PreparedRequest) -> bool:

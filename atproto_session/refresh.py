@@ -103,7 +103,7 @@ class Refresh:
 
     def _look_again(self) -> Protocol[None]:
         """The record may be another one by now."""
-        self.session = self.record = found(self.key, (yield steps.Read()))
+        self.session = self.record = found(self.key, self._newer((yield steps.Read())))
 
     def _outwait(self) -> Protocol[None]:
         """Wait until the answer to the attempt in the record is there, or can no longer come."""

@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 import email.utils
+import html
+import itertools
+import logging
+import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import unquote
+
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 from ._urls import origin
 from .client_auth import authentication_params, resolve_stored
@@ -22,16 +31,39 @@ from .metadata import ClientMetadata
 from .session import ClientAuthMethod, Session, TokenSet
 from .transport import Response, Transport
 
-#: The bound on one token request with all its tries, in seconds.
-ANSWER_WITHIN = 20.0
+_log = logging.getLogger("atproto_session")
+
+#: How long the answer to a refresh is waited for, in seconds: the refresh token is gone, so its successor is worth it.
+ANSWER_WITHIN = 120.0
+#: The bound on every other request with all its tries, in seconds.
+REPLY_WITHIN = 30.0
 #: Longer lives are taken for nonsense, in seconds.
 _LONGEST_LIFE = 10 * 365 * 86400.0
+#: Nobody is asked to stay away for longer, in seconds. (urllib3 has the same bound.)
+_LONGEST_REST = 6 * 3600.0
+#: A number of seconds as large as this is a moment since 1970.
+_EPOCH = 1e9
+#: Clocks that differ by less than this are not worth a word, in seconds.
+_CLOCK_TOLERANCE = 5.0
+#: What is sent and must not be seen.
+_SECRET_PARAMS = ("code", "code_verifier", "refresh_token", "token", "client_assertion", "state")
+#: So much of a secret in a row is masked, and is no accident.
+_TELLING = 12
+#: A shorter text is in too many others.
+_SHORTEST_SECRET = 4
+#: On top of each other.
+_ENCODINGS = 3
+#: How much of a server's words is looked at.
+_LONGEST_TEXT = 10_000
 
 
 class AuthorizationServer:
     """The authorization server that ``metadata`` describes, spoken to as ``client``.
 
-    :param nonces: shared by everything that speaks for this client.
+    :param nonces: shared by everything that speaks for this client. A strict one has answers without a nonce rejected.
+    :param answer_within: how long the answer to a refresh is waited for, in seconds.
+    :param reply_within: the bound on every other request, in seconds.
+    :param clock: gives the seconds since the epoch.
     """
 
     def __init__(
@@ -42,6 +74,8 @@ class AuthorizationServer:
         transport: Transport,
         nonces: NonceCache,
         *,
+        answer_within: float = ANSWER_WITHIN,
+        reply_within: float = REPLY_WITHIN,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metadata = metadata
@@ -49,20 +83,21 @@ class AuthorizationServer:
         self._keyset = keyset
         self._transport = transport
         self._nonces = nonces
+        self._answer_within = answer_within
+        self._reply_within = reply_within
         self._clock = clock
 
     def push(self, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod) -> str:
         """Push an authorization request and return its ``request_uri``."""
         url = self.metadata.pushed_authorization_request_endpoint
         response = self._post(url, params, key, method)
-        _check_nonce(response, url)
-        document = _document(response, url)
-        request_uri = document.get("request_uri")
+        request_uri = _object_in(response).get("request_uri")
         if not isinstance(request_uri, str) or not request_uri:
             raise TransportError(f"{origin(url)} gave no request_uri for the pushed request", sent=True)
+        self._nonces.check(_answer_in(response), url)
         return request_uri
 
-    def exchange(
+    def exchange_code(
         self, code: str, verifier: str, redirect_uri: str, key: Mapping[str, Any], method: ClientAuthMethod
     ) -> TokenSet:
         """Exchange an authorization code for tokens. Who they belong to is yet to be verified; ``aud`` is empty."""
@@ -72,9 +107,9 @@ class AuthorizationServer:
             "code_verifier": verifier,
             "redirect_uri": redirect_uri,
         }
-        tokens, response = self._tokens(params, key, method)
+        tokens, response = self._tokens(params, key, method, self._reply_within)
         try:
-            _check_nonce(response, self.metadata.token_endpoint)
+            self._nonces.check(_answer_in(response), self.metadata.token_endpoint)
         except TransportError:
             with suppress(Exception):  # they are thrown away in any case
                 self.revoke(Session(key, method, tokens), method)
@@ -85,7 +120,10 @@ class AuthorizationServer:
         """Spend the refresh token of ``session``. Where the answer has none, the old one goes on."""
         spent = session.token_set
         params = {"grant_type": "refresh_token", "refresh_token": spent.refresh_token or ""}
-        tokens, _ = self._tokens(params, session.dpop_key, method)
+        tokens, response = self._tokens(
+            params, session.dpop_key, method, self._answer_within, secrets=(spent.access_token,)
+        )
+        self._nonces.check(_answer_in(response), self.metadata.token_endpoint, may_refuse=False)
         return replace(tokens, aud=spent.aud, refresh_token=tokens.refresh_token or spent.refresh_token)
 
     def revoke(self, session: Session, method: ClientAuthMethod) -> None:
@@ -100,20 +138,24 @@ class AuthorizationServer:
             if tokens.refresh_token is None
             else ("refresh_token", tokens.refresh_token)
         )
-        response = self._post(url, {"token": token, "token_type_hint": hint}, session.dpop_key, method)
-        if not 200 <= response.status < 300:
-            raise _error_of(response, url)
+        self._post(url, {"token": token, "token_type_hint": hint}, session.dpop_key, method)
 
     def _tokens(
-        self, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod
+        self,
+        params: Mapping[str, str],
+        key: Mapping[str, Any],
+        method: ClientAuthMethod,
+        within: float,
+        secrets: Iterable[str] = (),
     ) -> tuple[TokenSet, Response]:
         url = self.metadata.token_endpoint
         asked_at = self._clock()
-        response = self._post(url, params, key, method)
-        document = _document(response, url)
+        response = self._post(url, params, key, method, within, secrets=secrets, for_tokens=True)
+        document = _object_in(response)
         access_token = _text(document, "access_token")
         if access_token is None:
-            raise TransportError(f"{origin(url)} answered without an access token", sent=True)
+            what = "without an access token" if document else "with something that is not a JSON object"
+            raise TransportError(f"{origin(url)} answered {what}", sent=True)
         tokens = TokenSet(
             iss=self.metadata.issuer,
             sub=_text(document, "sub") or "",
@@ -126,46 +168,94 @@ class AuthorizationServer:
         )
         return tokens, response
 
-    def _post(self, url: str, params: Mapping[str, str], key: Mapping[str, Any], method: ClientAuthMethod) -> Response:
+    def _post(
+        self,
+        url: str,
+        params: Mapping[str, str],
+        key: Mapping[str, Any],
+        method: ClientAuthMethod,
+        within: float | None = None,
+        *,
+        secrets: Iterable[str] = (),
+        for_tokens: bool = False,
+    ) -> Response:
         """One request, sent once more only if the server wants a nonce: it has not looked at anything else then. Every
-        try has a proof and an assertion of its own."""
-        deadline = time.monotonic() + ANSWER_WITHIN
+        try has a proof and an assertion of its own.
+
+        :param secrets: what must not be seen, beside what is sent.
+        :param for_tokens: tokens are the answer, whatever status they come with.
+        :raises OAuthResponseError: another answer than a good one.
+        """
+        deadline = time.monotonic() + (self._reply_within if within is None else within)
+        asked_at = self._clock()
         flow = dpop_flow(key, "POST", url, self._nonces, clock=self._clock)
         proof: str | None = next(flow)
         while proof is not None:
             authentication = authentication_params(
                 method, self._client, self._keyset, self.metadata.issuer, clock=self._clock
             )
+            form = {**params, **authentication}
+            hidden = [form[name] for name in _SECRET_PARAMS if name in form] + [proof, *secrets]
             response = self._transport.request(
                 "POST",
                 url,
                 headers={"DPoP": proof, "Accept": "application/json"},
-                data={**params, **authentication},
+                data=form,
                 timeout=max(0.001, deadline - time.monotonic()),
+                lenient=True,
             )
-            answer = Answer.of(response.status, response.headers, response.body)
-            proof = next_proof(flow, answer)
-        return response
+            proof = next_proof(flow, _answer_in(response))
+        if 200 <= response.status < 300:
+            return response
+        document = _object_in(response)
+        if for_tokens and _text(document, "access_token") and "error" not in document:
+            _log.warning("%s answered with tokens and the status %d", origin(url), response.status)
+            return response
+        raise _error_of(response, url, hidden, clock=(asked_at, self._clock()))
 
 
 class AccountAuthority:
-    """Whatever authorization server speaks for an account: what :class:`.SessionGetter` refreshes and revokes with."""
+    """The authorization server that speaks for an account, whichever that is: what :class:`.SessionGetter` refreshes
+    and revokes with.
 
-    answer_within = ANSWER_WITHIN
+    :ivar answer_within: how long the answer to a refresh is waited for, in seconds.
+    """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it consists of
         self,
         identities: IdentityResolver,
         discovery: Discovery,
-        server_of: Callable[[ServerMetadata], AuthorizationServer],
+        transport: Transport,
+        nonces: NonceCache,
         client: ClientMetadata,
         keyset: Keyset | None,
+        *,
+        answer_within: float = ANSWER_WITHIN,
+        reply_within: float = REPLY_WITHIN,
     ) -> None:
         self._identities = identities
         self._discovery = discovery
-        self._server_of = server_of
+        self._transport = transport
+        self._nonces = nonces
         self._client = client
         self._keyset = keyset
+        self.answer_within = answer_within
+        self._reply_within = reply_within
+
+    def server(self, issuer: str) -> AuthorizationServer:
+        """The authorization server ``issuer``.
+
+        :raises DiscoveryError: it has no usable metadata.
+        """
+        return AuthorizationServer(
+            self._discovery.metadata(issuer),
+            self._client,
+            self._keyset,
+            self._transport,
+            self._nonces,
+            answer_within=self.answer_within,
+            reply_within=self._reply_within,
+        )
 
     def audience(self, did: str, issuer: str) -> str:
         """The origin of the account's PDS, after verifying afresh that ``issuer`` is the authority for the account.
@@ -184,7 +274,7 @@ class AccountAuthority:
         """See :meth:`.Authority.prepare`."""
         tokens = session.token_set
         aud = self.audience(tokens.sub, tokens.iss)
-        server = self._server_of(self._discovery.metadata(tokens.iss))
+        server = self.server(tokens.iss)
         method = resolve_stored(session.auth_method, self._client, self._keyset, server.metadata)
 
         def send(spent: Session) -> Session:
@@ -195,51 +285,153 @@ class AccountAuthority:
 
     def revoke(self, session: Session) -> None:
         """See :meth:`.Authority.revoke`."""
-        server = self._server_of(self._discovery.metadata(session.token_set.iss))
+        server = self.server(session.token_set.iss)
         server.revoke(session, resolve_stored(session.auth_method, self._client, self._keyset, server.metadata))
 
 
-def _check_nonce(response: Response, url: str) -> None:
-    if response.status < 300 and Answer.of(response.status, response.headers, response.body).nonce is None:
-        raise TransportError(
-            f"{origin(url)} answered without a DPoP nonce, so it may not have checked the proof", sent=True
-        )
+def _answer_in(response: Response) -> Answer:
+    return Answer.of(response.status, response.headers, response.body)
 
 
-def _document(response: Response, url: str) -> dict[str, Any]:
-    """The JSON object of a successful answer."""
-    if not 200 <= response.status < 300:
-        raise _error_of(response, url)
-    document = _object_in(response)
-    if document is None:
-        raise TransportError(f"{origin(url)} answered with something that is not a JSON object", sent=True)
-    return document
-
-
-def _error_of(response: Response, url: str) -> OAuthResponseError:
-    document = _object_in(response) or {}
-    error, description = _text(document, "error"), _text(document, "error_description")
-    error = None if error is None else printable(error)
-    # The reference server begins with the client's identifier, and ends with the reason.
-    description = None if description is None else printable(description, 300)
-    what = " ".join(filter(None, (error, description and f"({description})"))) or "no OAuth error"
-    return OAuthResponseError(
-        f"{origin(url)} answered {response.status}: {what}",
-        status=response.status,
-        error=error,
-        error_description=description,
-        # The last is what the reference server says while the application's own site is away.
-        retryable=response.status >= 500 or response.status in (408, 429) or error == "invalid_client_metadata",
-        retry_after=_retry_after(response.headers.get("Retry-After")),
-    )
-
-
-def _object_in(response: Response) -> dict[str, Any] | None:
+def _object_in(response: Response) -> dict[str, Any]:
+    """The JSON object of an answer; empty if there is none."""
     try:
         document = response.json()
     except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+# Errors
+
+
+def _error_of(response: Response, url: str, hidden: Iterable[str], *, clock: tuple[float, float]) -> OAuthResponseError:
+    """The error in an answer.
+
+    :param hidden: secrets that it may echo.
+    :param clock: this machine's time when the request was made, and when the answer was there.
+    """
+    document = _object_in(response)
+    code, words = _text(document, "error"), _text(document, "error_description") or _text(document, "message")
+    error = None if code is None else printable(masked(code, hidden))
+    # The reference server begins with the client's identifier, and ends with the reason.
+    description = None if words is None else printable(masked(words, hidden), 300)
+    what = " ".join(filter(None, (error, description and f"({description})"))) or "no OAuth error"
+    return OAuthResponseError(
+        f"{origin(url)} answered {response.status}: {what}{_clock_fault(code, words, response, clock)}",
+        status=response.status,
+        error=error,
+        error_description=description,
+        retryable=response.status >= 500
+        or response.status in (408, 429)
+        or (code == "invalid_client_metadata" and _is_out_of_reach(words or "")),
+        retry_after=retry_after(response.status, response.headers),
+    )
+
+
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """``text`` with every telling part of the ``secrets`` blacked out, also where it was encoded for a URL, JSON or
+    HTML; and cut, if it is very long."""
+    parts = {
+        secret[start : start + _TELLING]
+        for secret in secrets
+        for start in range(max(1, len(secret) - _TELLING + 1))
+        if len(secret) >= _SHORTEST_SECRET
+    }
+    shown = plain = _without(parts, text[:_LONGEST_TEXT])
+    for _ in range(_ENCODINGS):
+        plain = _decoded(plain)
+        if (hidden := _without(parts, plain)) != plain:
+            shown = plain = hidden
+    return shown
+
+
+def _without(parts: Collection[str], text: str) -> str:
+    covered = [False] * len(text)
+    for length in {len(part) for part in parts}:
+        for start in range(len(text) - length + 1):
+            if text[start : start + length] in parts:
+                covered[start : start + length] = [True] * length
+    runs = itertools.groupby(zip(text, covered, strict=True), key=lambda pair: pair[1])
+    return "".join("***" if is_covered else "".join(letter for letter, _ in run) for is_covered, run in runs)
+
+
+def _decoded(text: str) -> str:
+    plain = html.unescape(unquote(text))
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), plain)
+    return re.sub(r"\\(.)", r"\1", plain)
+
+
+#: What the reference server says about client metadata that it could not fetch. If it says nothing further, it was in
+#: trouble itself, or waited in vain.
+_UNOBTAINED = re.compile(r'Unable to obtain (?:client metadata|jwks)\b(?:[^"]*"[^"]*")*(?P<why>.*)', re.DOTALL)
+_PASSING = re.compile(
+    r"connection refused|connection error|TLS error|service unavailable|bad gateway|gateway time-?out|"
+    r"too many requests|internal server error|request time-?out|time[d ]*out|fetch failed|failed to fetch",
+    re.IGNORECASE,
+)
+
+
+def _is_out_of_reach(description: str) -> bool:
+    """Whether the server could not reach the client's own site, which may pass. Anything else that is wrong with the
+    client's metadata stays wrong."""
+    unobtained = _UNOBTAINED.match(description)
+    return unobtained is not None and (
+        not unobtained["why"].strip(" :.") or _PASSING.search(unobtained["why"]) is not None
+    )
+
+
+_ABOUT_TIME = re.compile(r"\b(?:iat|exp|nbf|expired|future|clock|too old|timestamp)\b", re.IGNORECASE)
+
+
+def _clock_fault(code: str | None, words: str | None, response: Response, clock: tuple[float, float]) -> str:
+    """What is to be said of this machine's clock, if a proof or an assertion was refused because of it."""
+    if code != "invalid_dpop_proof" and not (code != "invalid_grant" and _ABOUT_TIME.search(words or "")):
+        return ""
+    server = _moment(response.headers.get("Date"))
+    if server is None:
+        return ""
+    ahead, behind = clock[0] - server, server - clock[1]
+    if max(ahead, behind) <= _CLOCK_TOLERANCE:
+        return ""
+    return (
+        f"; the clock of this machine is {max(ahead, behind):.0f} s {'ahead of' if ahead > behind else 'behind'} the "
+        "server's: set it right"
+    )
+
+
+def _moment(value: str | None) -> float | None:
+    """A date of HTTP (RFC 9110 section 5.6.7) in seconds since the epoch."""
+    try:
+        moment = email.utils.parsedate_to_datetime(value or "")
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return None
-    return document if isinstance(document, dict) else None
+
+
+def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
+    """For how many seconds the server asks not to be called: ``Retry-After`` (RFC 9110 section 10.2.3), or, with a 429
+    without it, what a ``RateLimit-Reset`` says (a number of seconds, or, as Bluesky sends it, a moment). Six hours at
+    most; ``None`` if it does not say."""
+    seconds = _seconds(headers.get("Retry-After"))
+    if seconds is None and status == 429:
+        reset = _seconds(headers.get("RateLimit-Reset") or headers.get("X-RateLimit-Reset"))
+        seconds = reset if reset is None or reset < _EPOCH else reset - time.time()
+    return None if seconds is None else min(max(seconds, 0.0), _LONGEST_REST)
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        number = float(value or "")
+    except ValueError:
+        try:
+            return float(Retry().parse_retry_after(value or ""))
+        except (InvalidHeader, ValueError, OverflowError):
+            return None
+    return None if math.isnan(number) else number
+
+
+# Members
 
 
 def _text(document: Mapping[str, Any], name: str) -> str | None:
@@ -248,22 +440,11 @@ def _text(document: Mapping[str, Any], name: str) -> str | None:
 
 
 def _expiry(expires_in: object, asked_at: float) -> datetime | None:
+    if isinstance(expires_in, str) and expires_in.isdecimal():
+        expires_in = float(expires_in)
     if isinstance(expires_in, bool) or not isinstance(expires_in, int | float):
         return None
     if not 0 <= expires_in <= _LONGEST_LIFE:
         return None
     # To the millisecond, as it is stored.
     return datetime.fromtimestamp(int((asked_at + expires_in) * 1000) / 1000, UTC)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """``Retry-After`` in seconds (RFC 9110 section 10.2.3: a number of seconds or a date)."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value.strip()[:9])
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-        return max(0.0, moment.timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None

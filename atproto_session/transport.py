@@ -8,39 +8,43 @@ time and one of size (:mod:`.adapter`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
+import logging
 import os
 import socket
 import ssl
 import sys
 import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import urljoin
 
 import requests
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InvalidHeader
 
-from ._adapter import Exchange, HardenedAdapter, Network, Refused, spawn
-from ._urls import check_origin, check_url, origin
+from ._adapter import Bounds, HardenedAdapter, Network, Refused
+from ._bodies import find_answer, undo_coding
+from ._urls import TrustedHosts, check_origin, check_url, origin
 from .errors import TransportError, printable
 
 __all__ = [
-    "Exchange",
+    "Bounds",
     "HardenedAdapter",
     "Network",
     "Response",
     "Transport",
+    "TrustedHosts",
     "UnusableResponse",
     "check_origin",
     "check_url",
     "origin",
     "shown",
-    "spawn",
 ]
+
+_log = logging.getLogger("atproto_session")
 
 #: Text from outside as a message may carry it.
 shown = printable
@@ -48,6 +52,13 @@ shown = printable
 #: How much an answer may hold beside its body: status line, headers, chunk sizes. In bytes.
 _OVERHEAD = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
+#: Before the second try of what came to nothing by chance, in seconds.
+_PAUSE = 0.25
+#: How long to wait for the rest of an answer that seems to be over and is no JSON, in seconds.
+_REST_WITHIN = 0.5
+#: What makes a second try worth while. Name servers that are busy, and connections that were reset before the TLS
+#: handshake, are told by their numbers.
+_BY_CHANCE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class UnusableResponse(ValueError):
@@ -91,6 +102,14 @@ class Response:
             # Without the parser's own words and error, which hold the document, and so tokens.
             raise ValueError("is not JSON") from None
 
+    @property
+    def is_object(self) -> bool:
+        """Whether the body is a JSON object."""
+        try:
+            return isinstance(self.json(), dict)
+        except ValueError:
+            return False
+
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
@@ -102,12 +121,16 @@ class Transport:
     and retries. Safe for threads and forks: nothing lives longer than its request.
 
     :param allow_http: for development: http and loopback addresses are allowed, for loopback hosts.
-    :param timeout: seconds for one exchange, all told: looking up, connecting, sending, receiving, redirects.
-    :param connect_timeout: seconds of these for looking up and connecting, and for the TLS handshake.
+    :param timeout: seconds for one request, all told: looking up, connecting, sending, receiving, redirects.
+    :param connect_timeout: seconds of these for connecting, and for the TLS handshake.
+    :param look_up_timeout: seconds of these for looking up. The C library gives a name server that is dead 5 seconds
+        before it asks the next.
     :param max_bytes: how large a body may be.
     :param ca_bundle: a file with the certificates to trust instead of the usual ones, for tests and private networks.
         Default: what ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` names, else those that ``requests`` brings.
     :param network: as for :class:`HardenedAdapter`.
+    :param trusted_hosts: names, addresses and networks (CIDR) that may be private; with ``allow_http`` over http, too.
+    :raises ValueError: an entry of ``trusted_hosts`` is none of these.
     """
 
     def __init__(
@@ -116,18 +139,26 @@ class Transport:
         allow_http: bool = False,
         timeout: float = 10.0,
         connect_timeout: float = 5.0,
+        look_up_timeout: float = 8.0,
         max_bytes: int = 512 * 1024,
         user_agent: str = "atproto-session",
         ca_bundle: str | None = None,
         network: Network | None = None,
+        trusted_hosts: TrustedHosts | Iterable[str] = (),
     ) -> None:
         self.allow_http = allow_http
         self.timeout = timeout
         self._connect_timeout = connect_timeout
+        self._look_up_timeout = look_up_timeout
         self._max_bytes = max_bytes
         self._user_agent = user_agent
         self._ca_bundle = ca_bundle
-        self._network = network
+        self._network = (network or Network.default(allow_http=allow_http)).trusting(trusted_hosts)
+        self.trusted_hosts = self._network.trusted
+
+    def check_url(self, url: object) -> str:
+        """:func:`check_url` by the rules of this transport."""
+        return check_url(url, allow_http=self.allow_http, trusted=self.trusted_hosts)
 
     def request(
         self,
@@ -139,31 +170,36 @@ class Transport:
         timeout: float | None = None,
         max_bytes: int | None = None,
         redirects: int = 0,
+        lenient: bool = False,
     ) -> Response:
-        """Make one request and read its answer, whatever its status.
+        """Make one request and read its answer, whatever its status. Where the connection was cut or refused before
+        anything was sent, there is a second try.
 
         :param data: a mapping is sent as a form.
         :param redirects: how many to follow. By default a redirect is an answer as any other. Of ``headers`` and
             ``data`` nothing goes along.
+        :param lenient: read any answer with a whole JSON object in it, whatever else is wrong with it: for answers that
+            come once. Its body is then that object. What was wrong is logged.
         :raises TransportError: no answer; ``sent`` says whether the server may have seen the request.
         """
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         limit = self._max_bytes if max_bytes is None else max_bytes
         try:
-            check_url(url, allow_http=self.allow_http)
+            self.check_url(url)
         except ValueError as error:
             raise TransportError(f"not fetched, because the address {error}", retryable=False) from None
-        response = self._exchange(requests.Request(method, url, headers=headers, data=data), deadline, limit)
+        request = requests.Request(method, url, headers=headers, data=data)
+        response = self._send(request, deadline, limit, lenient=lenient)
         for _ in range(redirects):
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or location is None:
                 return response
             try:
-                target = check_url(urljoin(response.url, location), allow_http=self.allow_http)
+                target = self.check_url(urljoin(response.url, location))
             except ValueError as error:
-                message = f"{origin(response.url)} redirects to an address that {error}"
+                message = f"{origin(response.url)} redirects to an address that {printable(str(error))}"
                 raise TransportError(message, sent=True, retryable=False) from None
-            response = self._exchange(requests.Request("GET", target), deadline, limit)
+            response = self._send(requests.Request("GET", target), deadline, limit, lenient=lenient)
         return response
 
     def get_json(
@@ -174,15 +210,19 @@ class Transport:
         timeout: float | None = None,
         max_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Fetch a document: status 200, no redirect, a JSON object.
+        """Fetch a document: status 200, no redirect, a JSON object. A server that has a passing trouble (5xx) is asked
+        once more.
 
         :param media_type: the content type it must have; ``None``: any.
         :raises TransportError: no answer.
         :raises UnusableResponse: another answer.
         """
-        response = self.request(
-            "GET", url, headers={"Accept": media_type or "*/*"}, timeout=timeout, max_bytes=max_bytes
-        )
+        headers = {"Accept": media_type or "*/*"}
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        response = self.request("GET", url, headers=headers, timeout=timeout, max_bytes=max_bytes)
+        if response.status >= 500 and (left := deadline - time.monotonic() - _PAUSE) > 0:
+            time.sleep(_PAUSE)
+            response = self.request("GET", url, headers=headers, timeout=left, max_bytes=max_bytes)
         if response.status != 200:
             is_passing = response.status in (408, 429) or response.status >= 500
             raise UnusableResponse(f"with status {response.status} instead of 200", retryable=is_passing)
@@ -196,73 +236,121 @@ class Transport:
             raise UnusableResponse("with JSON that is not an object")
         return document
 
-    def _exchange(self, request: requests.Request, deadline: float, limit: int) -> Response:
-        # Nothing compressed is asked for. Some servers send it nevertheless.
-        request.headers = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **(request.headers or {})}
-        exchange = Exchange(timeout=deadline - time.monotonic(), max_bytes=limit + _OVERHEAD)
+    def _send(self, request: requests.Request, deadline: float, limit: int, *, lenient: bool) -> Response:
+        # Nothing compressed is asked for. Some servers send it nevertheless. No connection is used twice.
+        defaults = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", "Connection": "close"}
+        request.headers = {**defaults, **(request.headers or {})}
         handled = sys.exception()
+        for is_last in (False, True):
+            bounds = Bounds(
+                within=deadline - time.monotonic(),
+                connect=self._connect_timeout,
+                look_up=self._look_up_timeout,
+                max_bytes=limit + _OVERHEAD,
+                is_whole=(lambda received: find_answer(received) is not None) if lenient else None,
+            )
+            with contextlib.closing(bounds):
+                try:
+                    response = self._receive(request, bounds, limit)
+                except (requests.RequestException, HTTPError, OSError) as error:
+                    reason = _root_of(error, handled)
+                    if not is_last and _is_worth_another_try(reason, bounds, deadline):
+                        time.sleep(_PAUSE)
+                        continue
+                    failure = _transport_error(reason, request.url, sent=bounds.sent)
+                    found = _find_rest(bounds, request.url, str(failure)) if lenient else None
+                    if found is None:
+                        # What a server sent must not get into a log with the error's cause: it may hold an echo.
+                        raise failure from (None if lenient and bounds.sent else error)
+                    return found
+                return _find_better(response, bounds) if lenient else response
+        raise AssertionError("the last try returns or raises")  # pragma: no cover
+
+    def _receive(self, request: requests.Request, bounds: Bounds, limit: int) -> Response:
+        # Prepared and sent without a requests.Session, which is where cookies, ~/.netrc and redirects live.
+        prepared = request.prepare()
+        with contextlib.ExitStack() as stack:
+            adapter = HardenedAdapter(pool_maxsize=1, network=self._network)
+            stack.callback(adapter.close)
+            answer = adapter.send(
+                prepared,
+                stream=True,
+                timeout=bounds,
+                verify=self._ca_bundle or _ca_bundle_of_environment() or True,
+                proxies=requests.utils.get_environ_proxies(request.url),
+            )
+            stack.callback(answer.close)
+            body = bytearray()
+            for piece in answer.raw.stream(16 * 1024, decode_content=False):
+                body += piece
+                if len(body) > limit:
+                    raise Refused("its answer is too large")
         try:
-            # Prepared and sent without a requests.Session, which is where cookies, ~/.netrc and redirects live.
-            prepared = request.prepare()
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(exchange)
-                adapter = HardenedAdapter(allow_http=self.allow_http, pool_maxsize=1, network=self._network)
-                stack.callback(adapter.close)
-                answer = adapter.send(
-                    prepared,
-                    stream=True,
-                    timeout=(self._connect_timeout, None),
-                    verify=self._ca_bundle or _ca_bundle_of_environment() or True,
-                    proxies=requests.utils.get_environ_proxies(request.url),
-                )
-                stack.callback(answer.close)
-                body = _read_body(answer, limit)
-        except (requests.RequestException, HTTPError, OSError) as error:
-            raise _transport_error(error, handled, request.url, sent=exchange.sent) from error
-        return Response(answer.status_code, answer.headers, body, request.url)
+            plain = undo_coding(bytes(body), answer.headers.get("Content-Encoding", ""), limit)
+        except ValueError as error:
+            raise Refused(f"its answer {error}") from None
+        return Response(answer.status_code, answer.headers, plain, request.url)
+
+
+def _find_rest(bounds: Bounds, url: str, trouble: str) -> Response | None:
+    """The answer among what arrived, although ``trouble`` ended its reading; else ``None``."""
+    if not bounds.received.lstrip().upper().startswith(b"HTTP/"):
+        return None
+    found = find_answer(bytes(bounds.received))
+    if found is None:
+        bounds.read_rest()
+        found = find_answer(bytes(bounds.received))
+    if found is None:
+        return None
+    _log.warning("%s; what it had answered was read all the same", trouble)
+    return Response(found.status, found.headers, found.body, url)
+
+
+def _find_better(response: Response, bounds: Bounds) -> Response:
+    """``response``, or what else is in its bytes if it is not JSON."""
+    server = origin(response.url)
+    if response.is_object:
+        if response.content_type != "application/json":
+            _log.warning("%s answered with JSON that it does not call so", server)
+        elif bounds.ended_early:
+            _log.warning("%s did not say where its answer ends", server)
+        return response
+    found = find_answer(bytes(bounds.received))
+    if found is None and not response.body.lstrip().startswith(b"<"):
+        bounds.read_rest(_REST_WITHIN)
+        found = find_answer(bytes(bounds.received))
+    if found is None:
+        return response
+    _log.warning("%s answered with JSON in an odd form; it was read all the same", server)
+    return Response(found.status, found.headers, found.body, response.url)
+
+
+def _is_worth_another_try(reason: BaseException, bounds: Bounds, deadline: float) -> bool:
+    """Whether a request that came to nothing has provably not been seen, and a second may do better."""
+    number = reason.errno if isinstance(reason, OSError) else None
+    by_chance = isinstance(reason, _BY_CHANCE) or (
+        number == (socket.EAI_AGAIN if isinstance(reason, socket.gaierror) else errno.ENOTCONN)
+    )
+    return by_chance and not bounds.sent and deadline - time.monotonic() > _PAUSE
 
 
 def _ca_bundle_of_environment() -> str | None:
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
 
-def _read_body(answer: requests.Response, limit: int) -> bytes:
-    body = bytearray()
-    for piece in answer.raw.stream(16 * 1024, decode_content=False):
-        body += piece
-        if len(body) > limit:
-            raise Refused("its answer is too large")
-    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding == "identity" or not body:
-        return bytes(body)
-    if coding != "gzip":
-        raise Refused("its answer is in a coding that was not asked for")
-    return _gunzip(bytes(body), limit)
-
-
-def _gunzip(body: bytes, limit: int) -> bytes:
-    # urllib3 would do it, but not all its releases do so within a bound.
-    decompressor = zlib.decompressobj(wbits=31)
-    try:
-        plain = decompressor.decompress(body, limit + 1)
-    except zlib.error:
-        raise Refused("its answer is not the gzip it says it is") from None
-    if len(plain) > limit:
-        raise Refused("its answer is too large")
-    if not decompressor.eof:
-        raise Refused("its answer was cut off")
-    return plain
-
-
 def _cause(error: BaseException) -> BaseException | None:
     return error.__cause__ if error.__suppress_context__ else error.__context__
 
 
-def _transport_error(error: BaseException, handled: BaseException | None, url: str, *, sent: bool) -> TransportError:
-    """``error`` of requests or urllib3 in plain words, without the URL's path and query."""
-    # Down to what happened first, but not to what the caller was handling already.
+def _root_of(error: BaseException, handled: BaseException | None) -> BaseException:
+    """What happened first, but not what the caller was handling already."""
     while (cause := _cause(error)) is not None and cause is not handled:
         error = cause
+    return error
+
+
+def _transport_error(error: BaseException, url: str, *, sent: bool) -> TransportError:
+    """``error`` of requests or urllib3 in plain words, without the URL's path and query."""
     reason = next((text for kind, text in _REASONS if isinstance(error, kind)), printable(str(error)))
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = f"{reason} ({printable(error.verify_message)})"
@@ -280,4 +368,5 @@ _REASONS: list[tuple[type[BaseException], str]] = [
     (ConnectionError, "the connection was cut off"),  # http.client.RemoteDisconnected is one
     (http.client.IncompleteRead, "the connection was cut off"),
     (http.client.HTTPException, "that is not HTTP"),
+    (InvalidHeader, "that is not HTTP"),
 ]

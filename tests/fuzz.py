@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from atproto_session import ClientMetadata, Keyset, MemoryStore, OAuthCallbackError, OAuthClient, SessionError
 from atproto_session._urls import check_url, origin
 from atproto_session.discovery import parse_server_metadata
-from atproto_session.dpop import Answer, NonceCache, challenge_error
+from atproto_session.dpop import Answer, NonceCache, challenge_errors
 from atproto_session.identity import check_did, check_handle, normalize_handle, parse_did_document
 from atproto_session.keys import generate_jwk, load_private_key, public_jwk, thumbprint
 from atproto_session.metadata import is_subset, parse_scope
@@ -152,7 +152,7 @@ def token_response(given_: tuple[int, dict[str, str], bytes]) -> None:
     method = ClientAuthMethod("none")
     for act in (
         lambda: server.refresh(make_session(), method),
-        lambda: server.exchange("code", "verifier", "http://127.0.0.1/", JWK, method),
+        lambda: server.exchange_code("code", "verifier", "http://127.0.0.1/", JWK, method),
         lambda: server.push({}, JWK, method),
         lambda: server.revoke(make_session(), method),
     ):
@@ -224,7 +224,7 @@ TARGETS: dict[str, Target] = {
     ),
     "challenges": Target(
         st.text(max_size=400) | damaged_text('DPoP algs="ES256", error="invalid_token", error_description="x"'),
-        lambda text: (challenge_error(text), Answer.of(401, {"WWW-Authenticate": text}, b"")),
+        lambda text: (challenge_errors({"WWW-Authenticate": text}), Answer.of(401, {"WWW-Authenticate": text}, b"")),
     ),
     "callbacks": Target(
         st.dictionaries(

@@ -228,9 +228,10 @@ def test_a_server_that_refuses_the_request(network: LocalNetwork, client: OAuthC
 
 @pytest.mark.duty(28)
 @pytest.mark.parametrize("endpoint", ["par", "token"])
-def test_an_answer_without_a_nonce_is_refused(
+def test_a_strict_client_refuses_an_answer_without_a_nonce(
     endpoint: str, network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:
+    client._nonces._strict = True
     url = client.authorize(account.did)
     if endpoint == "token":
         callback = network.authorize(url, account)
@@ -408,6 +409,29 @@ def test_tokens_go_to_the_pds_alone(network: LocalNetwork, client: OAuthClient, 
         with pytest.raises(TransportError, match="alone"):
             requests.get(f"{elsewhere.pds_url}{ECHO}", auth=client.auth(session.did), timeout=10)
         assert elsewhere.resource_requests == 0
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        *("javascript:alert(1)", "file:///etc/passwd", "data:text/html,x", "mailto:a@example.com", "https://["),
+        *("https://a:b/", "https://[::1", "https://", "ftp://pds.example.com/", "//["),
+    ],
+)
+def test_a_redirect_to_what_is_no_url_is_a_transport_error(
+    to: str, network: LocalNetwork, session: OAuthSession
+) -> None:
+    network.fault("resource", "redirect", to=to)
+    with pytest.raises(TransportError, match="redirects to an address that") as caught:
+        session.get(ECHO)
+    assert not caught.value.retryable
+    assert caught.value.sent
+
+
+def test_a_request_to_what_is_no_url_is_a_transport_error(session: OAuthSession) -> None:
+    with pytest.raises(TransportError, match="was not sent") as caught:
+        session.get("javascript:alert(1)")
+    assert not caught.value.retryable
 
 
 def test_a_redirect_within_the_pds_is_followed(

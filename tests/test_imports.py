@@ -16,7 +16,7 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "_fork", "_urls", "_worker"],
+    ["errors", "_fork", "_urls", "_worker", "_bodies"],
     ["session", "keys", "_threads"],
     ["dpop", "locks", "_flights"],
     ["stores", "steps", "terms", "cached_getter"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["identity"],
     ["discovery", "metadata"],
     ["client_auth"],
-    ["server", "oauth_session"],
+    ["server", "oauth_session", "_warm"],
     ["client"],
     ["testing"],
     ["demo"],

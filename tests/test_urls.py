@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atproto_session._urls import (
+    TrustedHosts,
     check_origin,
     check_url,
     is_host_name,
@@ -195,3 +196,70 @@ def test_loopback_can_be_allowed_and_nothing_else() -> None:
     assert is_public_or_loopback("127.0.0.1")
     assert is_public_or_loopback("::1")
     assert not is_public_or_loopback("10.0.0.1")
+
+
+TRUSTED = TrustedHosts.of(["pds", "my_pds", "Inner.Example.", "10.0.0.5", "172.16.0.0/12", "[fd00::1]"])
+
+
+@pytest.mark.duty(42)
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://pds/", "https://PDS:2583/x", "https://my_pds:2583/", "https://inner.example/", "https://10.0.0.5/"),
+        *("https://172.17.0.2:2583/", "https://[fd00::1]/"),
+    ],
+)
+def test_a_trusted_host_may_be_named_as_it_is(url: str) -> None:
+    assert check_url(url, trusted=TRUSTED) == url
+    with pytest.raises(ValueError):
+        check_url(url.replace("https", "http"), trusted=TRUSTED)
+    local = url.replace("https", "http")
+    assert check_url(local, trusted=TRUSTED, allow_http=True) == local
+    if "inner" not in url:
+        with pytest.raises(ValueError):
+            check_url(url, allow_http=True)
+
+
+@pytest.mark.duty(42)
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://other/", "https://other_pds/", "https://10.0.0.6/", "https://0xa.0.0.5/", "https://[fd00::2]/"),
+        *("https://pds@elsewhere/", "https://user@pds/", "https://pds:0/", "http://pds.example.com/", "https://127.1/"),
+        *("https://[::ffff:10.0.0.5]/", "https://pds#x", "ftp://pds/", "https://pds_/", "https://167772165/"),
+    ],
+)
+def test_everything_else_stays_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        check_url(url, trusted=TRUSTED, allow_http=True)
+
+
+def test_an_origin_of_a_trusted_host() -> None:
+    assert check_origin("https://pds:2583", trusted=TRUSTED) == "https://pds:2583"
+
+
+def test_trusted_hosts_are_read_once() -> None:
+    assert TrustedHosts.of(TRUSTED) is TRUSTED
+    assert "PDS" in TRUSTED
+    assert "::1" not in TRUSTED
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        "pds",
+        b"pds",
+        None,
+        5,
+        [None],
+        [""],
+        ["http://pds"],
+        ["pds:2583"],
+        ["10.0.0.5/40"],
+        ["*.example.com"],
+        ["10.1.2"],
+    ],
+)
+def test_what_is_no_list_of_hosts(hosts: object) -> None:
+    with pytest.raises(ValueError, match="trusted_hosts"):
+        TrustedHosts.of(hosts)  # type: ignore[arg-type]

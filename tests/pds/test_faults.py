@@ -3,6 +3,7 @@ at what is stored afterwards, and at what the server makes of it."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -109,12 +110,14 @@ def assert_lost(client: OAuthClient, pds: RealPDS, by_hand: LoggedIn) -> None:
 
 
 @pytest.mark.parametrize("path", ["/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server"])
-@pytest.mark.parametrize("action", [proxy.cut_before(), proxy.status_before(503)], ids=["cut", "503"])
+@pytest.mark.parametrize(
+    ("action", "times"), [(proxy.cut_before(), 1), (proxy.status_before(503), 2)], ids=["cut", "503 twice"]
+)
 def test_a_server_that_cannot_be_found_costs_nothing(
-    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, store: str, path: str, action: Action
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, store: str, path: str, action: Action, times: int
 ) -> None:
     before = stored(client, session.did)
-    real_pds.proxy.arm(path, action)
+    real_pds.proxy.arm(path, action, times)
     with another_worker(real_pds, client, store) as worker:  # has no metadata of before
         with pytest.raises(SessionError) as caught:
             refresh(worker, session.did)
@@ -220,10 +223,11 @@ def test_another_oauth_error_spends_nothing(
     before = stored(client, session.did)
     ahead = Clock(time.time() + 3600)
     with monkeypatch.context() as patch:
-        patch.setattr("atproto_session.client.AuthorizationServer", partial(AuthorizationServer, clock=ahead))
+        patch.setattr("atproto_session.server.AuthorizationServer", partial(AuthorizationServer, clock=ahead))
         with another_worker(real_pds, client, store) as worker, pytest.raises(OAuthResponseError) as caught:
             refresh(worker, session.did)
     assert (caught.value.status, caught.value.error) == (401, "invalid_dpop_proof")
+    assert re.search(r"the clock of this machine is 3[56]\d\d s ahead of the server's", str(caught.value))
     assert not caught.value.login_required
     assert_kept(client, before, in_doubt=False)
 

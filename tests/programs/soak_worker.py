@@ -31,8 +31,7 @@ from atproto_session import (
     StoreError,
     TokenInvalidError,
 )
-from atproto_session import server as endpoints
-from atproto_session.dpop import challenge_error
+from atproto_session.dpop import challenge_errors
 
 #: A method that every PDS has.
 PATH = "/xrpc/com.atproto.server.getSession"
@@ -64,8 +63,8 @@ def main() -> None:
 
 def make_client(store: str, network: dict[str, Any], *, timeout: float = 30.0) -> OAuthClient:
     """A client whose requests say which process they are of."""
-    endpoints.AccountAuthority.answer_within = endpoints.ANSWER_WITHIN = ANSWER_WITHIN
     client = OAuthClient(ClientMetadata.loopback(), store=store, freshness=FRESHNESS, timeout=timeout, **network)
+    client._authority.answer_within = ANSWER_WITHIN
     request: Callable[..., Any] = client._transport.request
 
     def signed(method: str, url: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
@@ -138,9 +137,7 @@ def act(client: OAuthClient, did: str, chance: random.Random) -> str:
     if kind < 0.85:
         response = client.restore(did).get(PATH)
         if response.status_code != 200:
-            return (
-                f"answered {response.status_code} {challenge_error(response.headers.get('WWW-Authenticate', '')) or ''}"
-            )
+            return f"answered {response.status_code} {' '.join(challenge_errors(response.headers))}"
         assert response.json()["did"] == did, "the session of another account"
         return "served"
     if kind < 0.92:

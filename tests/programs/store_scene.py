@@ -226,9 +226,9 @@ class Scene:
     def stopped_refresh(self, instant: str, *, by_other: bool = False) -> tuple[Pause, Worker]:
         """A refresh that has come to that instant and stands there."""
         client, steps = (self.other, self.other_steps) if by_other else (self.one, self.steps)
-        if instant == "before the attempt":
+        if instant == "while it looks for its server":  # without the lock
             pause = Pause.at(self.network.fault("plc", "hold"))
-        elif instant == "at the attempt":
+        elif instant in ("before the attempt", "at the attempt"):
             pause = steps.pause("attempt")
         elif instant == "before the last look":
             pause = steps.pause("after attempt")

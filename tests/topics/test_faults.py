@@ -7,8 +7,11 @@ processed the request; whatever else goes wrong costs nothing.
 
 from __future__ import annotations
 
+import gzip
 import random
+import re
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,7 +116,7 @@ def answer(body: object, status: int = 200, **headers: str) -> dict[str, Any]:
 def refresh(action: str, ending: Ending, *, times: int = 1, revoked: bool = False, **options: Any) -> Case:
     """A case at the token endpoint."""
     always_processed = action in {
-        *("cut_after", "drip", "late", "no_nonce", "no_expires_in"),
+        *("cut_after", "drip", "late", "no_nonce", "no_expires_in", "rewritten"),
         *("wrong_sub", "scope_without_atproto", "wrong_token_type"),
     }
     processed = always_processed or options.get("processed", False)
@@ -168,7 +171,7 @@ ANSWERS: dict[str, Case] = {
 #: What can go wrong on the way to it.
 PREPARATIONS: dict[str, Case] = {
     "the PLC directory cuts off": Case("plc", "cut_before", NO_IDENTITY_NOW),
-    "the PLC directory is down": Case("plc", "status", NO_IDENTITY_NOW, {"status": 503}),
+    "the PLC directory is down": Case("plc", "status", NO_IDENTITY_NOW, {"status": 503}, times=2),
     "the PLC directory is busy": Case("plc", "status", NO_IDENTITY_NOW, {"status": 429}),
     "the PLC directory knows no such DID": Case("plc", "status", NO_IDENTITY, {"status": 404}),
     "the PLC directory redirects": Case("plc", "redirect", NO_IDENTITY, {"to": "http://localhost:1/"}),
@@ -176,20 +179,130 @@ PREPARATIONS: dict[str, Case] = {
     "the DID document is huge": Case("plc", "oversize", NO_IDENTITY, {"size": HUGE, "chunked": True}),
     "the DID document of another": Case("plc", "custom", NO_IDENTITY, answer(DID_DOCUMENT_OF_ANOTHER)),
     "the PDS cuts off": Case("protected-resource", "cut_before", NO_SERVER_NOW),
-    "the PDS is down": Case("protected-resource", "status", NO_SERVER_NOW, {"status": 503}),
+    "the PDS is down": Case("protected-resource", "status", NO_SERVER_NOW, {"status": 503}, times=2),
+    "the PDS is down for a moment": Case("protected-resource", "status", RENEWED, {"status": 502}),
     "the PDS redirects": Case("protected-resource", "redirect", NO_SERVER, {"to": "http://localhost:1/"}),
     "the PDS answers with HTML": Case("protected-resource", "html", NO_SERVER),
     "the PDS speaks for another": Case(
         "protected-resource", "custom", NO_SERVER, answer({"resource": "http://localhost:1"})
     ),
     "the issuer's metadata are cut off": Case("as-metadata", "cut_before", NO_SERVER_NOW),
-    "the issuer's metadata are down": Case("as-metadata", "status", NO_SERVER_NOW, {"status": 503}),
+    "the issuer's metadata are down": Case("as-metadata", "status", NO_SERVER_NOW, {"status": 503}, times=2),
     "the issuer's metadata are of another": Case(
         "as-metadata", "custom", NO_SERVER, answer({"issuer": "http://localhost:1"})
     ),
 }
 
 CASES = ANSWERS | PREPARATIONS
+
+
+# Answers that break rules and can be read
+
+
+def changed(change: Callable[[bytes], bytes] = bytes, **fields: str) -> Callable[[bytes, bytes], bytes]:
+    """Another body, and other fields in the head; its ``Content-Length`` fits unless it is given."""
+
+    def rewrite(head: bytes, body: bytes) -> bytes:
+        sent = change(body)
+        return with_fields(head, **({"Content_Length": str(len(sent))} | fields)) + sent
+
+    return rewrite
+
+
+def with_fields(head: bytes, **fields: str) -> bytes:
+    names = {name.replace("_", "-"): value for name, value in fields.items()}
+    lines = [line for line in head.split(b"\r\n")[:-2] if line.partition(b":")[0].decode() not in names]
+    lines += [f"{name}: {value}".encode("latin-1") for name, value in names.items() if value]
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def in_chunks(end: bytes) -> Callable[[bytes, bytes], bytes]:
+    def rewrite(head: bytes, body: bytes) -> bytes:
+        pieces = (body[:20], body[20:])
+        chunks = b"".join(b"%x;name=value\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        return with_fields(head, Content_Length="", Transfer_Encoding="chunked") + chunks + end
+
+    return rewrite
+
+
+def preceded_by(start: bytes) -> Callable[[bytes, bytes], bytes]:
+    return lambda head, body: start + head + body
+
+
+def in_head(old: bytes, new: bytes) -> Callable[[bytes, bytes], bytes]:
+    return lambda head, body: head.replace(old, new, 1) + body
+
+
+def raw_deflate(body: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(body) + compressor.flush()
+
+
+def in_two_members(body: bytes) -> bytes:
+    return gzip.compress(body[:30]) + gzip.compress(body[30:])
+
+
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n"
+
+ODD_ANSWERS: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
+    "103 before it": (preceded_by(EARLY_HINTS), "close"),
+    "several interim answers": (preceded_by(b"HTTP/1.1 100 Continue\r\n\r\n" + 2 * EARLY_HINTS), "keep"),
+    "x-gzip": (changed(gzip.compress, Content_Encoding="x-gzip"), "close"),
+    "several gzip members": (changed(in_two_members, Content_Encoding="gzip"), "close"),
+    "gzip without its trailer": (changed(lambda body: gzip.compress(body)[:-8], Content_Encoding="gzip"), "close"),
+    "gzip with a wrong checksum": (
+        changed(lambda body: gzip.compress(body)[:-8] + bytes(8), Content_Encoding="gzip"),
+        "close",
+    ),
+    "gzip that is not declared": (changed(gzip.compress), "close"),
+    "gzip twice": (changed(lambda body: gzip.compress(gzip.compress(body)), Content_Encoding="gzip, gzip"), "close"),
+    "gzip that is none": (changed(Content_Encoding="gzip"), "close"),
+    "an empty coding": (changed(Content_Encoding=" "), "close"),
+    "a coding that is none": (changed(Content_Encoding="br"), "close"),
+    "a coding nobody knows": (changed(Content_Encoding="utf-8"), "close"),
+    "deflate": (changed(zlib.compress, Content_Encoding="deflate"), "close"),
+    "raw deflate": (changed(raw_deflate, Content_Encoding="deflate"), "close"),
+    "a byte order mark": (changed(lambda body: b"\xef\xbb\xbf" + body), "close"),
+    "UTF-16": (changed(lambda body: body.decode().encode("utf-16")), "close"),
+    "UTF-32 without a mark": (changed(lambda body: body.decode().encode("utf-32-be")), "close"),
+    "text behind it": (changed(lambda body: body + b"<!-- cached -->"), "close"),
+    "NUL behind it": (changed(lambda body: b"\r\n" + body + bytes(3)), "close"),
+    "too great a length": (changed(Content_Length="100000"), "close"),
+    "too great a length, connection kept": (changed(Content_Length="100000"), "keep"),
+    "too great a length, connection reset": (changed(Content_Length="100000"), "reset"),
+    "too small a length": (changed(Content_Length="20"), "keep"),
+    "no length": (changed(Content_Length=""), "keep"),
+    "a length that is none": (changed(Content_Length="many"), "close"),
+    "a negative length": (changed(Content_Length="-1"), "keep"),
+    "two lengths": (changed(Content_Length="20, 4000"), "keep"),
+    "no last chunk": (in_chunks(b""), "close"),
+    "no last chunk, connection kept": (in_chunks(b""), "keep"),
+    "half a last chunk": (in_chunks(b"0\r\n"), "reset"),
+    "no chunk for a last chunk": (in_chunks(b"what?\r\n"), "keep"),
+    "chunks that are none": (changed(Content_Length="", Transfer_Encoding="chunked"), "close"),
+    "chunks that are not declared": (
+        lambda head, body: with_fields(head, Content_Length="") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
+        "close",
+    ),
+    "a page of HTML by name": (changed(Content_Type="text/html"), "close"),
+    "no type": (changed(Content_Type=""), "close"),
+    "a header without end": (changed(X_Padding="x" * 70_000), "close"),
+    "too many headers": (changed(bytes, **{f"X_{number}": "x" for number in range(150)}), "close"),
+    "a header without a colon": (in_head(b"\r\n", b"\r\nnonsense\r\n"), "keep"),
+    "a header with a name of spaces": (in_head(b"\r\n", b"\r\n  : x\r\n"), "keep"),
+    "lines that end in LF": (lambda head, body: head.replace(b"\r\n", b"\n") + body, "close"),
+    "another version": (in_head(b"HTTP/1.1", b"HTTP/2"), "keep"),
+    "an empty line before it": (preceded_by(b"\r\n"), "close"),
+    "204": (in_head(b"200 OK", b"204 No Content"), "keep"),
+    "a redirect that is none": (in_head(b"200 OK", b"302 Found"), "close"),
+    "500": (in_head(b"200 OK", b"500 Oh"), "close"),
+    "numbers that are none": (
+        changed(lambda body: body.replace(b'"expires_in":', b'"x": NaN, "y": ' + b"1" * 5000 + b', "expires_in":')),
+        "close",
+    ),
+    "a lifetime in quotes": (changed(lambda body: re.sub(rb'("expires_in": )(\d+)', rb'\1"\2"', body)), "close"),
+    "what is no UTF-8": (changed(lambda body: body.replace(b"{", b'{"x": "\xff", ')), "close"),
+}
 
 
 class Stage:
@@ -356,6 +469,52 @@ def test_a_fault(name: str, stage: Stage, caplog: pytest.LogCaptureFixture) -> N
     fault = case.happen(stage.network)
     check(stage, case, stage.refresh, caplog)
     assert fault.count == case.times
+
+
+#: Those that are no oddity to anybody.
+QUIET = {"x-gzip", "an empty coding", "103 before it", "several interim answers", "a lifetime in quotes"}
+QUIET |= {"lines that end in LF", "a length that is none"}
+
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+def test_an_answer_that_can_be_read_is_read(name: str, stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite, ending = ODD_ANSWERS[name]
+    get_a_nonce(stage)
+    case = Case("refresh", "rewritten", RENEWED, {"rewrite": rewrite, "ending": ending}, processed=True)
+    case.happen(stage.network)
+    check(stage, case, stage.refresh, caplog)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (name not in QUIET), [record.message for record in warnings]
+    renewed = stage.stored
+    assert renewed is not None
+    for token in (renewed.token_set.access_token, renewed.token_set.refresh_token or "none"):
+        assert token not in caplog.text
+
+
+@pytest.mark.parametrize("kept", [30, -1])
+@pytest.mark.parametrize("name", [name for name in ODD_ANSWERS if "gzip" not in name and "deflate" not in name])
+def test_half_a_document_is_no_answer_however_it_comes(
+    name: str, kept: int, network: LocalNetwork, tmp_path: Path
+) -> None:
+    """No part of a token is taken for a token."""
+    rewrite, _ = ODD_ANSWERS[name]
+    stage = Stage(network, f"json:///{tmp_path}/sessions")
+    with stage.client:
+        network.fault("refresh", "rewritten", rewrite=lambda head, body: rewrite(head, body[:kept]), ending="close")
+        with pytest.raises((RefreshInterruptedError, OAuthResponseError)):
+            stage.refresh()
+
+
+@pytest.mark.parametrize("name", ["too great a length", "gzip that is none", "UTF-16", "two lengths", "no last chunk"])
+def test_a_refusal_that_can_be_read_is_read(name: str, stage: Stage) -> None:
+    rewrite, ending = ODD_ANSWERS[name]
+    get_a_nonce(stage)
+    stage.network.revoke_sessions(stage.did)
+    stage.network.fault("refresh", "rewritten", rewrite=rewrite, ending=ending)
+    with pytest.raises(TokenRefreshError) as caught:
+        stage.refresh()
+    assert not caught.value.answer_lost
+    assert stage.stored is None
 
 
 def test_a_request_that_was_never_sent(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
@@ -579,7 +738,7 @@ def test_a_loss_that_is_followed_by_other_faults_is_remembered(stage: Stage) -> 
         fault = CASES[name].happen(stage.network)
         with pytest.raises(SessionError):
             stage.refresh()
-        assert fault.count == 1
+        assert fault.count == CASES[name].times
         assert stage.stored is not None
         assert stage.stored.attempt is not None
     assert (stage.uses, stage.events) == (1, [])

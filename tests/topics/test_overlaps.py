@@ -122,11 +122,25 @@ def test_a_log_in_is_not_replaced(scenes: Scenes, instant: str, hasty: bool) -> 
         assert not newer.is_same_grant(first)
         if hasty:
             assert tokens_of(result) == tokens_of(newer)
-            assert scene.is_over(first) == (instant in SENT), "its tokens had been renewed for nobody"
         else:
             assert result.is_same_grant(first)
+        assert scene.is_over(first), "the grant that was replaced"
         assert scene.uses_of(first) == (not hasty or instant in SENT)
         scene.check_spent_once()
+
+
+def test_a_refresh_that_looks_for_its_server_keeps_nobody_waiting(scene: Scene) -> None:
+    first = scene.log_in()
+    refresh = scene.overlap("while it looks for its server", partial(scene.other.revoke, scene.did))
+    with pytest.raises(TokenRevokedError):
+        refresh.outcome()
+    callback = scene.go_to_browser(scene.other)
+    second = scene.log_in()
+    refresh = scene.overlap("while it looks for its server", partial(scene.come_back, scene.other, callback))
+    newer = present(scene.intruder.outcome())
+    assert tokens_of(present(refresh.outcome())) == tokens_of(newer)
+    assert [scene.uses_of(one) for one in (first, second, newer)] == [0, 0, 0]
+    scene.check_works(newer)
 
 
 @at_every_instant

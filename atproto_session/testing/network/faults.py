@@ -19,7 +19,7 @@ from typing import Any
 from .authorization_server import NO_REFRESH_TOKEN
 from .errors import OAuthError, use_nonce
 from .routes import NonceServer, Process, Route
-from .wire import ConnectionCut, Drip, Request, Response
+from .wire import ConnectionCut, Drip, Ending, Request, Response
 
 #: Where a fault may wait. ``refresh`` is the token endpoint with ``grant_type=refresh_token`` only.
 ENDPOINTS = frozenset(
@@ -184,6 +184,12 @@ def drip(call: Call, *, interval: float = 0.05, body_only: bool = False) -> Resp
     return replace(call.processed(), drip=Drip(interval, call.fault.release, body_only))
 
 
+def rewritten(call: Call, *, rewrite: Callable[[bytes, bytes], bytes], ending: Ending = "close") -> Response:
+    """Process the request and send what ``rewrite`` makes of the bytes of the head and of the body of the answer; then
+    ``"close"``, ``"reset"`` or ``"keep"`` the connection."""
+    return replace(call.processed(), rewrite=rewrite, ending=ending)
+
+
 def status(
     call: Call,
     *,
@@ -270,7 +276,7 @@ def custom(call: Call, *, respond: Callable[[Request], Response]) -> Response:
 ACTIONS: Mapping[str, Callable[..., Response]] = {
     action.__name__: action
     for action in (
-        *(cut_before, cut_after, hold, late, drip),
+        *(cut_before, cut_after, hold, late, drip, rewritten),
         *(status, html, oversize, redirect, oauth_error, nonce_challenge, no_nonce),
         *(wrong_sub, scope_without_atproto, wrong_token_type, no_expires_in, no_refresh_token, custom),
     )

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, parse_qsl
 
 logger = logging.getLogger(__name__)
+
+#: What becomes of a connection.
+Ending = Literal["keep", "close", "reset"]
 
 _CHUNK = 64 * 1024
 _FORM = "application/x-www-form-urlencoded"
@@ -90,6 +93,8 @@ class Response:
 
     :ivar chunked: sent in chunks, without a ``Content-Length``.
     :ivar drip: how slowly it is sent, or ``None`` for at once.
+    :ivar rewrite: makes what is really sent of the bytes of the head and of the body.
+    :ivar ending: what becomes of the connection after that: ``"keep"``, ``"close"`` or ``"reset"``.
     """
 
     status: int = 200
@@ -97,6 +102,8 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     chunked: bool = False
     drip: Drip | None = None
+    rewrite: Callable[[bytes, bytes], bytes] | None = None
+    ending: Ending = "close"
 
     @classmethod
     def of_json(cls, value: object, status: int = 200, content_type: str = "application/json") -> Response:
@@ -235,7 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         head, body = response.encoded(with_body=self.command != "HEAD")
-        if response.drip is None:
+        if response.rewrite is not None:
+            self.wfile.write(response.rewrite(head, body))
+            self._end(response.ending)
+        elif response.drip is None:
             self.wfile.write(head + body)
         else:
             self._drip(head, body, response.drip)
@@ -249,6 +259,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(slow[sent:])
                 return
             self.wfile.write(slow[sent : sent + 1])
+
+    def _end(self, ending: Ending) -> None:
+        if ending == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.close_connection = True
+            self.connection.close()
+        elif ending == "close":
+            self._hang_up()
+        else:
+            self.close_connection = False
 
     def _hang_up(self) -> None:
         self.close_connection = True
