@@ -243,7 +243,7 @@ class Flights(Generic[T]):
             # Those who have joined it meanwhile must not wait for what never comes.
             flight.abandon()
             self._forget(flight)
-            flight.landed.set(error=error if isinstance(error, SessionError) else _not_started(key))
+            flight.landed.set(error=error if isinstance(error, SessionError) else _cut_short(key))
             raise
         if winner is not flight:
             self._all.discard(flight)
@@ -336,6 +336,10 @@ class Flights(Generic[T]):
 
 def _flights_here() -> tuple[Flight[Any], ...]:
     return getattr(_here, "flights", ())
+
+
+def _cut_short(key: str) -> CancelledError:
+    return CancelledError(f"the thread that began the work for {printable(key)} was interrupted; nothing was sent")
 
 
 def _not_started(key: str) -> SessionError:

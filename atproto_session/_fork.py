@@ -179,36 +179,38 @@ def close_at_end(pool: Pool) -> None:
 
 
 def is_ending() -> bool:
-    """Whether the main thread has ended."""
+    """Whether nothing is begun any more but by exit handlers."""
     return _ending
 
 
-def _end() -> None:
-    """Called when the main thread has ended, and again by ``atexit``: the first time may be cut short by a signal."""
-    global _ending  # noqa: PLW0603 - there is one end
-    _ending = True
+def _end() -> bool:
+    """Abandon what is not committed, and wait for the rest. Whether there was any."""
+    for airborne in copy_of(_airborne):
+        airborne.abandon("the program is ending")
     deadline = time.monotonic() + _LAND_WITHIN
-    while time.monotonic() < deadline:
-        try:
-            for airborne in copy_of(_airborne):
-                airborne.abandon("the program is ending")
-            if not any(airborne.land(deadline) for airborne in copy_of(_airborne)):
-                break
-        except BaseException:  # noqa: BLE001, S112 - a signal, which has ended all that it can
-            continue
+    return any(airborne.land(deadline) for airborne in copy_of(_airborne))
 
 
 # Twice: a signal that is pending when the interpreter comes to it is raised before its first line.
 @atexit.register
 @atexit.register
 def _end_at_exit() -> None:
-    """Exit handlers of the application may have begun a flight since the main thread ended, and may wait for it."""
-    _end()
+    """A signal may have cut the waiting short before, and exit handlers of the application may have begun a flight
+    since. Here no signal does so any more: it has ended all that it can."""
+    global _ending  # noqa: PLW0603 - there is one end
+    _ending = True
+    deadline = time.monotonic() + _LAND_WITHIN
+    while True:
+        try:
+            if not _end() or time.monotonic() >= deadline:
+                break
+        except BaseException:  # noqa: BLE001, S112 - a signal
+            continue
     for pool in copy_of(_pools):
         pool.close_idle()
 
 
-# Before the interpreter waits for threads, where CPython offers it (as concurrent.futures uses it): otherwise threads
-# of the application that never end would keep what is not committed alive.
+# The moment the main thread has ended, before the interpreter waits for threads. Where CPython does not offer that (it
+# is made for concurrent.futures), what is not committed ends a little later.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_end)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from ._flights import Flight, Flights
-from .errors import LockTimeoutError, SessionError, StoreError, printable
+from .errors import CancelledError, LockTimeoutError, SessionError, StoreError, printable
 from .locks import Locks, ThreadLocks
 
 V = TypeVar("V")
@@ -124,9 +124,9 @@ class CachedGetter(Generic[V]):
             flight, is_mine = self._flights.board(key, work, deadline=deadline)
             try:
                 value = flight.wait(deadline, cancel)
-            except Exception:
-                is_over = flight.landed.is_set()
-                if is_mine or not is_over or self._share_failures:
+            except Exception as error:
+                is_shared = self._share_failures and not isinstance(error, CancelledError)
+                if is_mine or is_shared or not flight.landed.is_set():
                     raise
             else:
                 # To have been fetched is enough: otherwise what is stale at once would be fetched by one caller after

@@ -240,7 +240,8 @@ class Refresh:
                 failures = [*failures[-9:], error]
                 if tried_for >= self.times.store_for:
                     break
-                yield steps.HandOut(successor)
+                if len(failures) > 1:  # that the first write failed may mean no more than that it was done
+                    yield steps.HandOut(successor)
                 yield steps.Wait(pause)
                 tried_for, pause = tried_for + pause, min(pause * 3, 5.0)
                 yield from self._go_on()

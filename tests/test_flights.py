@@ -225,7 +225,7 @@ def the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_at_the_end_a_signal_does_not_end_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     # Here, where it can be measured that all of it runs; in programs that really end, see tests/topics.
     flights, gate = Flights[str](), Gate()
-    land, struck = flights.land, iter((True, False, False))
+    land, struck = flights.land, iter((True, False, False, False))
 
     def land_struck(deadline: float) -> bool:
         if next(struck):

@@ -366,7 +366,7 @@ def test_the_child_of_a_parent_that_was_killed_gets_the_lock(scene: Scene) -> No
         assert scene.lock_is_free()
         attempt = scene.stored().attempt
         assert attempt is not None
-        assert attempt.by.endswith(f":{running.pids['parent']}")
+        assert f"/{running.pids['parent']}/" in attempt.by
         running.say("refresh")
         assert running.hear() == {"of": "child", "error": "TokenRefreshError", "answer_lost": True}
     assert scene.client.sessions.get_stored(scene.did) is None
@@ -516,7 +516,7 @@ def test_no_lock_that_is_taken_in_the_parent_stops_a_child(
         client.callback(network.authorize(client.authorize(account.did), account))
         assert client.restore(account.did).get(GET_SESSION).status_code == 200
         locks = locks_in(client)
-        assert len(locks) >= 10
+        assert len(locks) >= 8
         taken, over = threading.Event(), threading.Event()
 
         def take_all() -> None:
