@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
 
 from requests.auth import AuthBase
 
 from ._adapter import HardenedAdapter
+from ._flights import Flight, Flights
 from ._warm import warm_up
-from .client_auth import negotiate
 from .discovery import Discovery
-from .dpop import NonceCache, challenge_of, generate_verifier
-from .errors import OAuthCallbackError, StoreError, TokenRefreshError, printable
-from .identity import IdentityResolver, check_did, normalize_handle
-from .keys import Keyset, generate_jwk
+from .dpop import NonceCache
+from .errors import StoreError
+from .identity import IdentityResolver, check_did
+from .keys import Keyset
 from .locks import Locks
+from .login import LoginFlow
 from .metadata import ClientMetadata
 from .oauth_session import AccountAuth, OAuthSession, Signer
 from .server import AccountAuthority
-from .session import (
-    ClientAuthMethod,
-    Freshness,
-    Session,
-    SessionDeletedEvent,
-    SessionUpdatedEvent,
-    fault_in,
-)
+from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent
 from .session_getter import SessionGetter
 from .stores import EncryptionKeys, SessionStore, complete, open_store
 from .terms import Times
 from .transport import Transport
 
+T = TypeVar("T")
+
 #: Connections to one server that are kept open while no request uses them.
 _IDLE_CONNECTIONS = 64
-#: How long a log-in may take, in seconds.
-_LOGIN_WITHIN = 3600.0
 
 
 @dataclass(frozen=True)
@@ -49,10 +40,12 @@ class CallbackResult:
 
     :ivar session: the account, ready to use.
     :ivar state: what the application gave to :meth:`OAuthClient.authorize`.
+    :ivar handle: the account's verified handle, or ``None``.
     """
 
     session: OAuthSession
     state: str | None
+    handle: str | None = None
 
 
 class OAuthClient:
@@ -116,6 +109,16 @@ class OAuthClient:
         self._authority = AccountAuthority(
             self._identities, self._discovery, self._transport, self._nonces, metadata, keyset
         )
+        self._logins = LoginFlow(
+            metadata,
+            keyset,
+            self._store.logins,
+            self._identities,
+            self._discovery,
+            self._authority,
+            allow_http=allow_http,
+        )
+        self._flights: Flights[Any] = Flights()
         self.sessions = SessionGetter(
             self._store,
             self._authority,
@@ -143,6 +146,9 @@ class OAuthClient:
         prompt: str | None = None,
         ui_locales: str | None = None,
         display: str | None = None,
+        login_hint: str | None = None,
+        bound_to: str | None = None,
+        timeout: float | None = None,
     ) -> str:
         """Begin a log-in and return the URL to send the user's browser to.
 
@@ -155,6 +161,10 @@ class OAuthClient:
             section 3.1.2.1).
         :param ui_locales: languages for the pages, separated by spaces.
         :param display: ``"page"``, ``"popup"``, ``"touch"`` or ``"wap"``.
+        :param login_hint: what the server's page shows as the account; by default ``account``, if that is one.
+        :param bound_to: a secret of the browser that begins the log-in, from its cookie or session. Only a
+            :meth:`callback` with the same secret ends it. A digest of it is stored.
+        :param timeout: how long to wait, all told, in seconds; by default the client's.
         :raises IdentityError: the handle or the DID does not resolve.
         :raises DiscoveryError: there is no usable authorization server.
         :raises ClientMetadataError: the scope or the redirect URI is not registered.
@@ -162,115 +172,66 @@ class OAuthClient:
         :raises OAuthResponseError: the server refused the request.
         :raises TransportError: the server gave no usable answer.
         :raises StoreError: the log-in could not be stored.
+        :raises LockTimeoutError: ``timeout`` is over.
         """
-        redirect_uri = self.metadata.check_redirect_uri(redirect_uri or self.metadata.redirect_uris[0])
-        scope = self.metadata.check_scope(scope or self.metadata.scope)
-        if "://" in account:
-            did, hint, issuer = None, None, self._discovery.from_server_url(account)
-        else:
-            identity = self._identities.resolve(account)
-            did, issuer = identity.did, self._discovery.authorization_server_of(identity.pds)
-            hint = did if did in account else normalize_handle(account, allow_http=self._allow_http)
-        server = self._authority.server(issuer)
-        method = negotiate(self.metadata, self._keyset, server.metadata)
-        key, verifier, ticket = generate_jwk(), generate_verifier(), secrets.token_urlsafe(24)
-        params = {
-            "response_type": "code",
-            "code_challenge": challenge_of(verifier),
-            "code_challenge_method": "S256",
-            "state": ticket,
-            "redirect_uri": redirect_uri,
+        options = {
             "scope": scope,
-            "login_hint": hint,
+            "redirect_uri": redirect_uri,
             "prompt": prompt,
             "ui_locales": ui_locales,
             "display": display,
+            "login_hint": login_hint,
         }
-        login = {
-            "issuer": issuer,
-            "did": did,
-            "verifier": verifier,
-            "dpopJwk": key,
-            "authMethod": {"method": method.method, "kid": method.kid},
-            "redirectUri": redirect_uri,
-            "scope": scope,
-            "state": state,
-        }
-        self._store.logins.put(ticket, login, time.time() + _LOGIN_WITHIN)
-        try:
-            pushed = {name: value for name, value in params.items() if value is not None}
-            request_uri = server.push(pushed, key, method)
-        except BaseException:
-            self._store.logins.take(ticket)
-            raise
-        endpoint = server.metadata.authorization_endpoint
-        query = urlencode({"client_id": self.metadata.client_id, "request_uri": request_uri})
-        return f"{endpoint}{'&' if urlsplit(endpoint).query else '?'}{query}"
+        _check_texts(account=account)
+        _check_texts(
+            **{
+                name: text
+                for name, text in {**options, "state": state, "bound_to": bound_to}.items()
+                if text is not None
+            }
+        )
+        return self._within(timeout, "the log-in", lambda flight: self._logins.begin(account, options, state, bound_to))
 
-    def callback(self, params: Mapping[str, Any] | str, *, session_id: str | None = None) -> CallbackResult:
+    def callback(
+        self,
+        params: Mapping[str, Any] | str,
+        *,
+        session_id: str | None = None,
+        bound_to: str | None = None,
+        timeout: float | None = None,
+    ) -> CallbackResult:
         """End a log-in with what the browser brought back.
+
+        Once the code has been sent, the log-in goes on to its end, even if ``timeout`` is over: its session is stored.
 
         :param params: the parameters of the request to the redirect URI, or its whole URL.
         :param session_id: stores the session beside others of the same account.
+        :param bound_to: what was given to :meth:`authorize`. Another browser's log-in is refused before its code is
+            spent.
+        :param timeout: how long to wait, all told, in seconds; by default the client's.
         :raises OAuthCallbackError: the parameters belong to no log-in that was begun here, to one that has been ended
-            already, or say that the user declined.
+            already or was begun by another browser, or say that the user declined.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
-        :raises SessionError: the code could not be exchanged, or the tokens are not the account's. Log in again.
+        :raises LockTimeoutError: ``timeout`` is over.
+        :raises SessionError: the code could not be exchanged, or the tokens are not the account's. Log in again; if the
+            error is ``retryable``, nothing was spent, and the same call may succeed.
         """
         _check_session_id(session_id)
-        given = _params_of(params)
-        state = given.get("state")
-        login = self._store.logins.take(state) if state else None
-        if login is None:
-            raise OAuthCallbackError(
-                "this log-in was not begun here, took longer than an hour, or has been ended already; begin it again",
-                params=given,
-            )
-        app_state = login["state"]
+        if bound_to is not None:
+            _check_texts(bound_to=bound_to)
 
-        def refuse(why: str) -> OAuthCallbackError:
-            return OAuthCallbackError(f"the log-in failed: {why}", params=given, state=app_state)
+        def work(flight: Flight[CallbackResult]) -> CallbackResult:
+            session, login = self._logins.end(params, bound_to, flight)
+            key = _key_of(session.token_set.sub, session_id)
+            self.sessions.set_stored(key, session)
+            return CallbackResult(self._open(key, session), login.state, login.handle)
 
-        if given.get("iss") != login["issuer"]:
-            raise refuse("the answer does not come from the server that was asked")
-        if "error" in given:
-            said = printable(given["error"])
-            if description := given.get("error_description"):
-                said = f"{said} ({printable(description)})"
-            raise refuse(said)
-        if "response" in given:
-            raise refuse("the answer is a JWT (JARM), which is not supported")
-        code = given.get("code")
-        if not code:
-            raise refuse("the answer has no code")
-        session = self._exchange(code, login, refuse)
-        key = _key_of(session.token_set.sub, session_id)
-        self.sessions.set_stored(key, session)
-        return CallbackResult(self._open(key, session), app_state)
+        return self._within(timeout, "the log-in", work)
 
-    def _exchange(self, code: str, login: Mapping[str, Any], refuse: Callable[[str], OAuthCallbackError]) -> Session:
-        method = ClientAuthMethod(login["authMethod"]["method"], login["authMethod"]["kid"])
-        server = self._authority.server(login["issuer"])
-        tokens = server.exchange_code(code, login["verifier"], login["redirectUri"], login["dpopJwk"], method)
-        session = Session(login["dpopJwk"], method, tokens)
-        # Nothing of the answer is trusted before it is known to be of the account that began the log-in, or, if that
-        # was begun at a server, of one that this server speaks for.
-        fault = fault_in(tokens, login["did"] or tokens.sub)
-        try:
-            aud = "" if fault else self._authority.audience(check_did(tokens.sub), tokens.iss)
-        except TokenRefreshError as error:
-            fault = str(error)
-        except BaseException:
-            self._revoke(session)
-            raise
-        if fault is not None:
-            self._revoke(session)
-            raise refuse(f"the server issued {fault}")
-        return replace(session, token_set=replace(tokens, aud=aud))
-
-    def _revoke(self, session: Session) -> None:
-        with contextlib.suppress(Exception):  # the log-in has failed in any case
-            self._authority.revoke(session)
+    def _within(self, timeout: float | None, what: str, work: Callable[[Flight[T]], T]) -> T:
+        """What ``work`` returns, if it does so in time; afterwards it goes on alone."""
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        return self._flights.charter(what, work).wait(deadline)
 
     # Using and ending sessions
 
@@ -306,6 +267,7 @@ class OAuthClient:
     def close(self) -> None:
         """Wait for refreshes under way and close the connections; and the store, if it was given as a URL. What would
         need a refresh afterwards raises :class:`.SessionError`."""
+        self._flights.close()
         self.sessions.close()
         self._pool.close()
         if self._owns_store:
@@ -345,22 +307,7 @@ def _check_session_id(session_id: str | None) -> None:
         raise ValueError("a session_id is 1 to 256 printable characters")
 
 
-def _params_of(params: Mapping[str, Any] | str) -> dict[str, str]:
-    """The parameters, each given once (RFC 6749 section 3.1)."""
-    if isinstance(params, str):
-        try:
-            pairs: Iterable[tuple[str, Any]] = parse_qsl(urlsplit(params).query, max_num_fields=100)
-        except ValueError as error:
-            raise OAuthCallbackError("the redirect URL cannot be read") from error
-    else:
-        pairs = [
-            (name, value)
-            for name, values in params.items()
-            for value in (values if isinstance(values, list) else [values])
-        ]
-    given: dict[str, str] = {}
-    for name, value in pairs:
-        if name in given:
-            raise OAuthCallbackError("a parameter of the callback is given more than once")
-        given[str(name)] = str(value)
-    return given
+def _check_texts(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} is a string, not {type(value).__name__}")

@@ -28,6 +28,7 @@ FLOORS = [
     ["discovery", "metadata"],
     ["client_auth"],
     ["server", "oauth_session", "_warm"],
+    ["login"],
     ["client"],
     ["testing"],
     ["demo"],
