@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account, LocalNetwork
 
+HERE = Path(__file__).parent
+
 # A shell that starts the tests in the background has them ignore SIGINT, and with them every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders come first, which hold the tests that take long: tests that run side by side then end together."""
+    items.sort(key=lambda item: item.path.parent == HERE)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Test processes that work side by side have to give a test the same name: no random key, no time is part of it."""
+    return argname if isinstance(val, str | bytes) and (len(val) > 30 or not val.isascii()) else None
 
 
 @pytest.fixture
