@@ -28,7 +28,7 @@ WORKERS ?= 4
 test: $(VENV)/.made  ## run the tests, WORKERS=4 at a time (with a real PDS where npm is there)
 	-@$(BIN)/python -m tests.pds.install >/dev/null  # now, and not in every worker
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/coverage run -m pytest -n $(WORKERS)
 	$(BIN)/coverage combine --quiet
 	@rm -f .coverage.*  # what processes that were killed have left half-written
 	$(BIN)/coverage report --fail-under=95

@@ -25,12 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.pds)
-        if not _needs_pds(item):
-            continue
-        # Where tests run side by side, one process has all that need the PDS, and starts it once.
-        item.add_marker(pytest.mark.xdist_group("pds"))
         # In CI nobody would notice.
-        if not can_install and not os.environ.get("CI"):
+        if _needs_pds(item) and not can_install and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip("the real PDS is installed with npm, which is not on PATH"))
 
 
