@@ -465,7 +465,8 @@ def test_a_refusal_that_comes_after_a_log_in_does_not_end_it(
 
 
 def brings_new_tokens(session: Session | None, expected: Session | TokenSet | None) -> bool:
-    return session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
+    tokens = expected.token_set if isinstance(expected, Session) else expected
+    return session is not None and tokens is not None and not session.token_set.has_same_tokens(tokens)
 
 
 class SlowStarter(SQLiteStore):
@@ -480,10 +481,7 @@ class SlowStarter(SQLiteStore):
         self._stores_nevertheless = stores_nevertheless
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
-        has_new_tokens = (
-            session is not None and expected is not None and not session.token_set.has_same_tokens(expected)
-        )
-        if not has_new_tokens or self.failures:
+        if not brings_new_tokens(session, expected) or self.failures:
             return super().replace(key, session, expected)
         self.failures += 1
         if self._stores_nevertheless:

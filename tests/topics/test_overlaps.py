@@ -33,8 +33,9 @@ from atproto_session.locks import FileLocks
 from atproto_session.testing.network import LocalNetwork, Request, Response
 
 from ..core import SOON
-from ..crew import ROOT
-from ..programs.store_scene import GET_SESSION, INSTANTS, PROCESSED, SENT, Pause, Scene, present, tokens_of
+from ..processes import ROOT
+from ..programs.store_scene import INSTANTS, PROCESSED, SENT, Pause, Scene, present, tokens_of
+from ..scenes import GET_SESSION
 
 
 @pytest.fixture(params=["json", "sqlite"])
