@@ -36,10 +36,10 @@ from tests.pds import proxy
 from tests.pds.by_hand import take_over
 from tests.pds.harness import PATIENCE, Browser, NodeClient, RealPDS
 from tests.pds.proxy import Refresh
+from tests.scenes import GET_SESSION
 
 ROUNDS = 20
 PROCESSES, THREADS = 4, 8
-GET_SESSION = f"/xrpc/{raw.GET_SESSION}"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def store_tokens(client: OAuthClient, did: str, **members: Any) -> None:
 
 
 def call(by_hand: LoggedIn) -> requests.Response:
-    return by_hand.client.call(by_hand.client.issuer, raw.GET_SESSION, by_hand.tokens.access)
+    return by_hand.client.call(by_hand.client.issuer, GET_SESSION, by_hand.tokens.access)
 
 
 # Logging in

@@ -42,14 +42,13 @@ from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account
 from tests.crew import Crew
 from tests.loopback import ScriptedServer, Web, answer
-from tests.network import raw
 from tests.network.raw import SCOPE
 from tests.pds.by_hand import take_over
 from tests.pds.harness import RealPDS
 from tests.pds.proxy import Refresh
+from tests.scenes import GET_SESSION
 
 HOST = "app.atproto-session.internal"
-GET_SESSION = f"/xrpc/{raw.GET_SESSION}"
 PROCESSES, THREADS, ROUNDS = 4, 8, 3
 
 ONE = generate_jwk() | {"kid": "one"}
@@ -197,7 +196,7 @@ def test_signing_out_ends_the_session_here_and_there(
             session.sign_out()
         assert client.sessions.get_stored(session.did) is None
     assert [type(event.cause) for event in deletions] == [TokenRevokedError]
-    assert by_hand.client.call(real_pds.pds_url, raw.GET_SESSION, by_hand.tokens.access).status_code == 401
+    assert by_hand.client.call(real_pds.pds_url, GET_SESSION, by_hand.tokens.access).status_code == 401
 
 
 @pytest.mark.duty(36)
@@ -339,7 +338,7 @@ def test_a_kid_that_gets_another_key_ends_its_sessions(
             client.restore(did, refresh=True)
         assert "a different key" in str(caught.value.__cause__)
         assert client.sessions.get_stored(did) is None
-    assert by_hand.client.call(real_pds.pds_url, raw.GET_SESSION, by_hand.tokens.access).status_code == 401
+    assert by_hand.client.call(real_pds.pds_url, GET_SESSION, by_hand.tokens.access).status_code == 401
 
 
 # The PDS fetches for itself

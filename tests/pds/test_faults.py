@@ -33,10 +33,11 @@ from atproto_session.session import TokenSet
 from atproto_session.testing.network import Account
 from tests.core import SOON, Worker, an_answer_within
 from tests.loopback import closed_port
-from tests.network.raw import GET_SESSION, LoggedIn, error_of
+from tests.network.raw import LoggedIn, error_of
 from tests.pds import proxy
 from tests.pds.harness import Browser, RealPDS
 from tests.pds.proxy import Action, Refresh
+from tests.scenes import GET_SESSION
 
 TOKEN = "/oauth/token"
 
@@ -88,7 +89,7 @@ def assert_works(client: OAuthClient, did: str) -> None:
     """It is stored with no doubt left, and the server agrees."""
     session = stored(client, did)
     assert session.attempt is None
-    assert client.restore(did).get(f"/xrpc/{GET_SESSION}").json()["did"] == did
+    assert client.restore(did).get(GET_SESSION).json()["did"] == did
 
 
 def assert_lost(client: OAuthClient, pds: RealPDS, by_hand: LoggedIn) -> None:
@@ -168,7 +169,7 @@ def test_a_request_that_was_cut_off_may_have_been_processed_but_was_not(
 
 def assert_that_it_answers(session: OAuthSession) -> None:
     """Doubt about a refresh token keeps nobody from using a good access token."""
-    assert session.get(f"/xrpc/{GET_SESSION}").status_code == 200
+    assert session.get(GET_SESSION).status_code == 200
 
 
 def test_a_gateway_error_leaves_a_doubt(real_pds: RealPDS, client: OAuthClient, session: OAuthSession) -> None:

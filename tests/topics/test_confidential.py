@@ -20,9 +20,10 @@ from atproto_session import (
 from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
+from ..scenes import GET_SESSION
+
 CLIENT_ID = "https://app.example.com/client-metadata.json"
 JWKS_URI = "https://app.example.com/jwks.json"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
 ONE = generate_jwk() | {"kid": "one"}
 TWO = generate_jwk() | {"kid": "two"}

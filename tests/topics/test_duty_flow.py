@@ -38,8 +38,8 @@ from atproto_session.dpop import challenge_of
 from atproto_session.keys import generate_jwk, public_jwk
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
-ECHO = "/xrpc/app.test.echo"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from ..scenes import ECHO, GET_SESSION
+
 REDIRECT_URI = "http://127.0.0.1:4711/"
 
 

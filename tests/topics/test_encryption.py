@@ -31,10 +31,10 @@ from atproto_session.testing.network import Account, LocalNetwork
 
 from ..core import SOON, Worker
 from ..crew import Crew
+from ..scenes import GET_SESSION
 
 OLD, NEW, OTHER = (Fernet.generate_key().decode() for _ in range(3))
 BOB = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
 Open = Callable[..., FullStore]
 
