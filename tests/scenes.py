@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession, Session
@@ -17,6 +18,18 @@ ECHO = "/xrpc/app.test.echo"
 def log_in(network: LocalNetwork, client: OAuthClient, account: Account, **options: Any) -> OAuthSession:
     """:param options: those of ``callback``."""
     return client.callback(network.authorize(client.authorize(account.did), account), **options).session
+
+
+def stored(client: OAuthClient, key: str) -> Session:
+    """The session as it is stored, be it expired."""
+    return client.sessions.get_session(key, False)
+
+
+def store_tokens(client: OAuthClient, key: str, **members: Any) -> None:
+    """Change what is recorded of the tokens, and nothing at the server."""
+    session = stored(client, key)
+    changed = replace(session, token_set=replace(session.token_set, **members))
+    assert client._store.replace(key, changed, session.token_set)
 
 
 class Scene:
@@ -48,9 +61,7 @@ class Scene:
         return self.stored()
 
     def stored(self) -> Session:
-        session = self.client.sessions.get_stored(self.did)
-        assert session is not None
-        return session
+        return stored(self.client, self.did)
 
     def refresh_token(self) -> str:
         token = self.stored().token_set.refresh_token

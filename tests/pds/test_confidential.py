@@ -17,7 +17,6 @@ import secrets
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from atproto_session import (
     OAuthClient,
     OAuthResponseError,
     OAuthSession,
-    Session,
     SessionDeletedEvent,
     TokenRefreshError,
     TokenRevokedError,
@@ -46,7 +44,7 @@ from tests.network.raw import SCOPE
 from tests.pds.by_hand import take_over
 from tests.pds.harness import RealPDS
 from tests.pds.proxy import Refresh
-from tests.scenes import GET_SESSION
+from tests.scenes import GET_SESSION, store_tokens, stored
 
 HOST = "app.atproto-session.internal"
 PROCESSES, THREADS, ROUNDS = 4, 8, 3
@@ -141,17 +139,6 @@ def log_in(pds: RealPDS, client: OAuthClient, account: Account) -> OAuthSession:
     session = client.callback(pds.authorize(client.authorize(account.handle), account)).session
     pds.proxy.reset()
     return session
-
-
-def stored(client: OAuthClient, did: str) -> Session:
-    return client.sessions.get_session(did, False)
-
-
-def store_tokens(client: OAuthClient, did: str, **members: Any) -> None:
-    """Change what is recorded of the tokens, and nothing at the server."""
-    session = stored(client, did)
-    changed = replace(session, token_set=replace(session.token_set, **members))
-    assert client._store.replace(did, changed, session.token_set)
 
 
 # A session's life

@@ -37,7 +37,7 @@ from tests.network.raw import LoggedIn, error_of
 from tests.pds import proxy
 from tests.pds.harness import Browser, RealPDS
 from tests.pds.proxy import Action, Refresh
-from tests.scenes import GET_SESSION
+from tests.scenes import GET_SESSION, stored
 
 TOKEN = "/oauth/token"
 
@@ -63,10 +63,6 @@ def another_worker(pds: RealPDS, client: OAuthClient, store: Any, **options: Any
 def store(tmp_path: Path) -> str:
     """The store of ``client``."""
     return f"sqlite:///{tmp_path}/sessions.db"
-
-
-def stored(client: OAuthClient, did: str) -> Session:
-    return client.sessions.get_session(did, False)
 
 
 def refresh(client: OAuthClient, did: str, **options: Any) -> Session:

@@ -20,7 +20,7 @@ from atproto_session import (
 from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
-from ..scenes import GET_SESSION
+from ..scenes import GET_SESSION, log_in
 
 CLIENT_ID = "https://app.example.com/client-metadata.json"
 JWKS_URI = "https://app.example.com/jwks.json"
@@ -57,10 +57,6 @@ class Application:
 @pytest.fixture(params=[False, True], ids=["jwks", "jwks_uri"])
 def application(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Application:
     return Application(network, f"sqlite:///{tmp_path}/sessions.db", by_uri=request.param)
-
-
-def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
-    client.callback(network.authorize(client.authorize(account.did), account))
 
 
 @pytest.mark.duty(18, 20, 23, 29)

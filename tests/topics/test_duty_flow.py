@@ -38,7 +38,7 @@ from atproto_session.dpop import challenge_of
 from atproto_session.keys import generate_jwk, public_jwk
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
-from ..scenes import ECHO, GET_SESSION
+from ..scenes import ECHO, GET_SESSION, log_in
 
 REDIRECT_URI = "http://127.0.0.1:4711/"
 
@@ -73,10 +73,6 @@ def claims_of(token: str) -> dict[str, Any]:
 
 def query_of(url: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query))
-
-
-def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> OAuthSession:
-    return client.callback(network.authorize(client.authorize(account.did), account)).session
 
 
 def nonce_of(network: LocalNetwork) -> str:

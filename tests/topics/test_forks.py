@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +35,7 @@ from atproto_session.testing.network.faults import Fault
 from ..core import DID, KEY, SOON, Gate, Worker, wait_until
 from ..processes import ROOT, Child, Program, forked, in_child
 from ..programs import fork_target
-from ..scenes import GET_SESSION, Scene, log_in
+from ..scenes import GET_SESSION, Scene, log_in, store_tokens
 
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -54,10 +53,7 @@ class ForkScene(Scene):
 
     def expire_in(self, seconds: float) -> None:
         """Let the stored access token expire then, without a word to its server."""
-        session = self.stored()
-        expires_at = datetime.now(UTC) + timedelta(seconds=seconds)
-        tokens = replace(session.token_set, expires_at=expires_at)
-        self.client._store.set(self.did, replace(session, token_set=tokens))
+        store_tokens(self.client, self.did, expires_at=datetime.now(UTC) + timedelta(seconds=seconds))
 
     def request(self) -> int:
         return self.client.restore(self.did).get(GET_SESSION).status_code
