@@ -99,3 +99,25 @@ def test_nothing_is_validated_by_assert() -> None:
         and any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     ]
     assert found == []
+
+
+TESTS = Path(__file__).parent
+#: Rooms whose modules are tested together, by the name of the room.
+TESTED_AS_ONE = {"stores", "locks", "demo"}
+#: Modules whose tests are still elsewhere.
+TESTED_ELSEWHERE = {"_adapter.py", "_flights.py", "oauth_session.py", "server.py", "stored_sessions.py"}
+
+
+def where_tested(module: Path) -> Path:
+    """Where the tests of a module are; see ``CONTRIBUTING.rst``."""
+    *rooms, name = module.with_suffix("").parts
+    if rooms[:1] == ["testing"]:
+        rooms = rooms[1:]
+    if rooms and rooms[0] in TESTED_AS_ONE and not (TESTS / f"test_{name}.py").exists():
+        name = rooms[0]
+    return TESTS.joinpath(*(room for room in rooms if room not in TESTED_AS_ONE), f"test_{name.lstrip('_')}.py")
+
+
+def test_every_module_has_its_tests() -> None:
+    modules = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert {str(module) for module in modules if not where_tested(module).exists()} <= TESTED_ELSEWHERE

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-
-import requests
 
 from atproto_session.testing.network import LocalNetwork
 
@@ -29,32 +25,8 @@ def test_secrets_stay_out_of_sight(network: LocalNetwork, alice: LoggedIn) -> No
         assert secret not in shown
 
 
-def test_the_token_endpoint_may_take_its_time() -> None:
-    with LocalNetwork(latency=0.05) as network:
-        client = RawClient(network.issuer)
-        before = time.monotonic()
-        assert client.post("/oauth/token", {}).status_code == 400
-        assert time.monotonic() - before >= 0.05
-
-
-def test_stopping_ends_the_latency() -> None:
-    with LocalNetwork(latency=60) as network:
-        fault = network.fault("token", "status", processed=True)
-        threading.Thread(target=_post_quietly, args=(f"{network.issuer}/oauth/token",), daemon=True).start()
-        assert fault.arrived.wait(10)
-        before = time.monotonic()
-    assert time.monotonic() - before < 3
-
-
 def test_it_may_be_stopped_without_having_started() -> None:
     LocalNetwork().stop()
-
-
-def _post_quietly(url: str) -> None:
-    try:
-        requests.post(url, timeout=30)
-    except requests.ConnectionError:
-        return
 
 
 def test_many_accounts_live_side_by_side(network: LocalNetwork) -> None:
