@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ def test_every_room_has_a_floor_and_imports_go_down() -> None:
             if other != room and (other not in ROOMS or ROOMS[other] >= ROOMS[room])
         ]
     assert wrong == []
+
+
+def test_the_floor_plan_is_complete() -> None:
+    plan = (PACKAGE.parent / "CONTRIBUTING.rst").read_text(encoding="utf-8")
+    rows = re.findall(r"^([0-9]+) +``(\w+)`` ", plan, re.MULTILINE)
+    assert [(int(floor), room) for floor, room in rows] == [
+        (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms
+    ]
 
 
 def test_the_package_imports_no_extra_and_no_test_tool() -> None:
