@@ -23,9 +23,12 @@ $(VENV)/.made: setup.cfg pyproject.toml
 demo: $(VENV)/.made  ## many processes and threads share one account for half a minute
 	$(BIN)/python -m atproto_session demo
 
-test: $(VENV)/.made  ## run the tests (with a real PDS where npm is there)
+# More than there are cores, since many tests wait.
+WORKERS ?= 4
+test: $(VENV)/.made  ## run the tests, WORKERS=4 at a time (with a real PDS where npm is there)
+	-@$(BIN)/python -m tests.pds.install >/dev/null  # now, and not in every worker
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n $(WORKERS)
 	$(BIN)/coverage combine --quiet
 	@rm -f .coverage.*  # what processes that were killed have left half-written
 	$(BIN)/coverage report --fail-under=95

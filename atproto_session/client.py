@@ -110,12 +110,12 @@ class OAuthClient:
             self._identities, self._discovery, self._transport, self._nonces, metadata, keyset
         )
         self._logins = LoginFlow(
-            metadata,
-            keyset,
-            self._store.logins,
-            self._identities,
-            self._discovery,
-            self._authority,
+            metadata=metadata,
+            keyset=keyset,
+            logins=self._store.logins,
+            identities=self._identities,
+            discovery=self._discovery,
+            authority=self._authority,
             allow_http=allow_http,
         )
         self._flights: Flights[Any] = Flights()
@@ -183,6 +183,7 @@ class OAuthClient:
             "login_hint": login_hint,
         }
         _check_texts(account=account)
+        given = {"state": state, "bound_to": bound_to, **options}
         _check_texts(
             **{
                 name: text

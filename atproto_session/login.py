@@ -78,13 +78,13 @@ class LoginFlow:
 
     def __init__(
         self,
+        *,
         metadata: ClientMetadata,
         keyset: Keyset | None,
         logins: Logins,
         identities: IdentityResolver,
         discovery: Discovery,
         authority: AccountAuthority,
-        *,
         allow_http: bool = False,
     ) -> None:
         self._metadata = metadata

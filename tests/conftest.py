@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .core import RESTLESS
 
+HERE = Path(__file__).parent
+
 # A shell that starts the tests in the background has them ignore SIGINT, and with them every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class OnePDS(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives every test to the next process that is free, but all tests that may need the real PDS to one, where it is
+    started once. (``--dist loadgroup`` would do so, but not with pytest 9.2 and pytest-xdist 3.8.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "pds" if nodeid.startswith("tests/pds/") and "[local" not in nodeid else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OnePDS:
+    """For ``pytest -n NUMBER``, which runs tests in so many processes side by side."""
+    return OnePDS(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders come first, which hold the tests that take long: tests that run side by side then end together."""
+    items.sort(key=lambda item: item.path.parent == HERE)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Test processes that work side by side have to give a test the same name: no random key, no time is part of it."""
+    return argname if isinstance(val, str | bytes) and (len(val) > 30 or not val.isascii()) else None
 
 
 @pytest.fixture

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-ROOT = Path(__file__).parent.parent
+from .processes import Program
 
 
 class Crew:
@@ -37,56 +33,28 @@ class Crew:
             setup["metadata"] = metadata
         if jwks is not None:
             setup["jwks"] = jwks
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-            for _ in range(processes)
-        ]
-        for process in self._processes:
-            self._say(process, setup)
-        for process in self._processes:
-            assert self._hear(process) == {"ready": True}
+        self._programs = [Program("worker") for _ in range(processes)]
+        for program in self._programs:
+            program.say(setup)
+        for program in self._programs:
+            assert program.hear() == {"ready": True}
 
     def do(self, action: str, *, threads: int = 8, **details: Any) -> list[str]:
         """Have every thread of every process do ``action`` at once. Returns what they got; fails if any failed."""
         ok, errors = self.try_to_do(action, threads=threads, **details)
         assert errors == []
-        assert len(ok) == threads * len(self._processes)
+        assert len(ok) == threads * len(self._programs)
         return ok
 
     def try_to_do(self, action: str, *, threads: int = 8, **details: Any) -> tuple[list[str], list[str]]:
-        for process in self._processes:
-            self._say(process, {"do": action, "threads": threads} | details)
-        answers = [self._hear(process) for process in self._processes]
+        for program in self._programs:
+            program.say({"do": action, "threads": threads} | details)
+        answers = [program.hear() for program in self._programs]
         return [one for answer in answers for one in answer["ok"]], [e for answer in answers for e in answer["errors"]]
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.close()
-        for process in self._processes:
-            process.wait(60)
-            assert process.stdout is not None
-            process.stdout.close()
-            assert process.returncode == 0 or error[0] is not None
-
-    @staticmethod
-    def _say(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
-        assert process.stdin is not None
-        print(json.dumps(message), file=process.stdin, flush=True)
-
-    @staticmethod
-    def _hear(process: subprocess.Popen[str]) -> Any:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, "a worker process ended"
-        return json.loads(line)
+        for program in self._programs:
+            program.__exit__(*error)

@@ -30,7 +30,7 @@ from typing import Any
 from atproto_session import OAuthClient, SessionError, SessionUpdatedEvent, StoreError
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .crew import ROOT
+from .processes import ROOT
 from .programs.soak_watch import Watch
 from .programs.soak_worker import ANSWER_WITHIN, make_client
 

@@ -35,9 +35,7 @@ from atproto_session import (
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from .core import SOON, Worker, wait_until
-
-ECHO = "/xrpc/app.test.echo"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from .scenes import ECHO, GET_SESSION
 
 
 def params_of(url: str) -> dict[str, str]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import runpy
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,45 +27,11 @@ from atproto_session.session import Session
 from atproto_session.stores import FullStore, JSONStore, MemoryStore, SQLiteStore, _connections, open_store, sqlite
 from atproto_session.testing.contracts import DID, make_session
 
+from .core import SOON, wait_until
+from .processes import Child, in_child
+
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-SOON = 60.0
-
-
-def fork_in_turn() -> int:
-    """From Python 3.12 on, filelock refuses a fork while another thread of the process is forking."""
-    while True:
-        with suppress(RuntimeError):
-            return os.fork()
-
-
-class Child:
-    """``work`` in a forked child."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._reader, writer = os.pipe()
-        self.pid = fork_in_turn()
-        if self.pid == 0:
-            try:
-                answer: tuple[bool, object] = True, work()
-            except BaseException:
-                answer = False, traceback.format_exc()
-            os.write(writer, pickle.dumps(answer))
-            os._exit(0)
-        os.close(writer)
-
-    def result(self) -> Any:
-        with os.fdopen(self._reader, "rb") as reader:
-            data = reader.read()
-        os.waitpid(self.pid, 0)
-        succeeded, answer = pickle.loads(data)
-        assert succeeded, f"in the child: {answer}"
-        return answer
-
-
-def in_child(work: Callable[[], object]) -> Any:
-    return Child(work).result()
 
 
 @contextmanager
@@ -100,13 +63,6 @@ def is_free(locks: Locks, name: str = DID) -> bool:
             return True
     except LockTimeoutError:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # Locks
@@ -172,7 +128,7 @@ def test_a_lock_that_the_parent_releases_is_free_while_the_child_lives(tmp_path:
     locks = FileLocks(tmp_path)
     reader, writer = os.pipe()
     with locks.hold(DID, timeout=0):
-        child = Child(lambda: os.close(writer) or os.read(reader, 1))  # type: ignore[func-returns-value]
+        child = Child(lambda _: os.close(writer) or os.read(reader, 1))  # type: ignore[func-returns-value]
         assert not is_free(FileLocks(tmp_path))
     assert is_free(FileLocks(tmp_path))
     os.close(writer)
@@ -247,7 +203,7 @@ def test_what_a_child_writes_survives_the_end_of_its_parents_database(tmp_path: 
     store.set(DID, make_session("1"))
     reader, writer = os.pipe()
 
-    def write_later() -> Session | None:
+    def write_later(_: object) -> Session | None:
         os.close(writer)
         seen = store.get(DID)
         os.read(reader, 1)
@@ -391,7 +347,7 @@ def test_a_store_works_in_a_pool_of_forked_workers_while_the_parent_goes_on(tmp_
         with ThreadPoolExecutor(2) as threads:
             readers = [threads.submit(read) for _ in range(2)]
             try:
-                children = [Child(lambda n=n: store.set(f"{DID}#{n}", make_session(str(n)))) for n in range(8)]  # type: ignore[misc]
+                children = [Child(lambda _, n=n: store.set(f"{DID}#{n}", make_session(str(n)))) for n in range(8)]  # type: ignore[misc]
                 for child in children:
                     child.result()
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,14 @@ def test_every_room_has_a_floor_and_imports_go_down() -> None:
     assert wrong == []
 
 
+def test_the_floor_plan_is_complete() -> None:
+    plan = (PACKAGE.parent / "CONTRIBUTING.rst").read_text(encoding="utf-8")
+    rows = re.findall(r"^([0-9]+) +``(\w+)`` ", plan, re.MULTILINE)
+    assert [(int(floor), room) for floor, room in rows] == [
+        (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms
+    ]
+
+
 def test_the_package_imports_no_extra_and_no_test_tool() -> None:
     code = (
         "import sys, atproto_session\n"
@@ -100,3 +109,25 @@ def test_nothing_is_validated_by_assert() -> None:
         and any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     ]
     assert found == []
+
+
+TESTS = Path(__file__).parent
+#: Rooms whose modules are tested together, by the name of the room.
+TESTED_AS_ONE = {"stores", "locks", "demo"}
+#: Modules whose tests are still elsewhere.
+TESTED_ELSEWHERE = {"_adapter.py", "_flights.py", "oauth_session.py", "server.py", "stored_sessions.py"}
+
+
+def where_tested(module: Path) -> Path:
+    """Where the tests of a module are; see ``CONTRIBUTING.rst``."""
+    *rooms, name = module.with_suffix("").parts
+    if rooms[:1] == ["testing"]:
+        rooms = rooms[1:]
+    if rooms and rooms[0] in TESTED_AS_ONE and not (TESTS / f"test_{name}.py").exists():
+        name = rooms[0]
+    return TESTS.joinpath(*(room for room in rooms if room not in TESTED_AS_ONE), f"test_{name.lstrip('_')}.py")
+
+
+def test_every_module_has_its_tests() -> None:
+    modules = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert {str(module) for module in modules if not where_tested(module).exists()} <= TESTED_ELSEWHERE

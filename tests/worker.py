@@ -14,7 +14,7 @@ from typing import Any
 
 from atproto_session import ClientMetadata, Freshness, Keyset, OAuthClient
 
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from .scenes import GET_SESSION
 
 
 def main() -> None:

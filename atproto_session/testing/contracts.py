@@ -297,7 +297,7 @@ class StoreContract:
         store.set(DID, make_session())
         store.set(f"{DID}#work", make_session("work"))
         if not self.damage(store, DID):
-            return
+            pytest.skip("damage() cannot make a record of this store unreadable")
         with pytest.raises(StoreError, match=DID):
             store.get(DID)
         for session, expected in [
@@ -314,7 +314,8 @@ class StoreContract:
 
     def test_an_unreadable_record_can_be_deleted(self, store: FullStore) -> None:
         store.set(DID, make_session())
-        self.damage(store, DID)
+        if not self.damage(store, DID):
+            pytest.skip("damage() cannot make a record of this store unreadable")
         store.delete(DID)
         assert store.get(DID) is None
 

@@ -25,7 +25,6 @@ REDIRECT_URI = "http://127.0.0.1:8000/callback"
 SCOPE = "atproto transition:generic"
 LOOPBACK = "http://localhost?" + urlencode({"redirect_uri": REDIRECT_URI, "scope": SCOPE})
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-GET_SESSION = "com.atproto.server.getSession"
 
 
 def b64(data: bytes) -> str:
@@ -185,7 +184,7 @@ class RawClient:
         self, pds: str, path: str, token: str, *, method: str = "GET", proof: str | None = None, **options: Any
     ) -> requests.Response:
         """Call a method of a PDS."""
-        url = f"{pds}/xrpc/{path}"
+        url = pds + path
         for _ in range(2):
             headers = {"Authorization": f"DPoP {token}", "DPoP": proof or self.proof(method, url, token=token)}
             headers |= options.pop("headers", {})

@@ -14,6 +14,7 @@ import requests
 
 from atproto_session.testing.network import ConnectionCut, LocalNetwork, Request, Response
 
+from ..scenes import ECHO
 from .raw import LoggedIn, RawClient, error_of, tokens_of
 
 BOUND = 10.0
@@ -147,7 +148,7 @@ def test_without_a_successor_a_refresh_token_stays_good(network: LocalNetwork, a
     network.fault("refresh", "no_refresh_token", times=2)
     for _ in range(2):
         access = alice.client.refresh(alice.tokens.refresh).json()["access_token"]
-        assert alice.client.call(network.pds_url, "app.test.echo", access).status_code == 200
+        assert alice.client.call(network.pds_url, ECHO, access).status_code == 200
     assert (network.rotations, network.replays) == (0, 0)
     tokens_of(alice.client.refresh(alice.tokens.refresh))
 
@@ -157,13 +158,13 @@ def test_a_log_in_may_bring_no_refresh_token(network: LocalNetwork) -> None:
     client = RawClient(network.issuer)
     response = client.exchange(client.code(network, network.create_account()))
     assert "refresh_token" not in response.json()
-    assert client.call(network.pds_url, "app.test.echo", response.json()["access_token"]).status_code == 200
+    assert client.call(network.pds_url, ECHO, response.json()["access_token"]).status_code == 200
 
 
 def test_drip(network: LocalNetwork, alice: LoggedIn) -> None:
     for body_only in (False, True):
         fault = network.fault("resource", "drip", interval=0.001, body_only=body_only)
-        call = Background(lambda: alice.client.call(network.pds_url, "app.test.echo", alice.tokens.access))
+        call = Background(lambda: alice.client.call(network.pds_url, ECHO, alice.tokens.access))
         assert fault.fired.wait(BOUND)
         fault.release.set()
         assert call.result().json()["did"] == alice.account.did
@@ -203,8 +204,8 @@ def test_nonce_challenge(network: LocalNetwork, alice: LoggedIn) -> None:
     tokens_of(alice.client.refresh(alice.tokens.refresh))
 
     network.fault("resource", "nonce_challenge")
-    proof = alice.client.proof("GET", f"{network.pds_url}/xrpc/app.test.echo", token=alice.tokens.access)
-    response = alice.client.call(network.pds_url, "app.test.echo", alice.tokens.access, proof=proof)
+    proof = alice.client.proof("GET", f"{network.pds_url}{ECHO}", token=alice.tokens.access)
+    response = alice.client.call(network.pds_url, ECHO, alice.tokens.access, proof=proof)
     assert response.status_code == 401
     assert 'error="use_dpop_nonce"' in response.headers["WWW-Authenticate"]
 

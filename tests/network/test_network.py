@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import struct
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
-
-import requests
 
 from atproto_session.testing.network import LocalNetwork
 
+from ..scenes import GET_SESSION
 from .raw import LoggedIn, RawClient, tokens_of
 
 
@@ -31,55 +25,8 @@ def test_secrets_stay_out_of_sight(network: LocalNetwork, alice: LoggedIn) -> No
         assert secret not in shown
 
 
-def test_the_token_endpoint_may_take_its_time() -> None:
-    with LocalNetwork(latency=0.05) as network:
-        client = RawClient(network.issuer)
-        before = time.monotonic()
-        assert client.post("/oauth/token", {}).status_code == 400
-        assert time.monotonic() - before >= 0.05
-
-
-def test_stopping_ends_the_latency() -> None:
-    with LocalNetwork(latency=60) as network:
-        fault = network.fault("token", "status", processed=True)
-        threading.Thread(target=_post_quietly, args=(f"{network.issuer}/oauth/token",), daemon=True).start()
-        assert fault.arrived.wait(10)
-        before = time.monotonic()
-    assert time.monotonic() - before < 3
-
-
 def test_it_may_be_stopped_without_having_started() -> None:
     LocalNetwork().stop()
-
-
-def _post_quietly(url: str) -> None:
-    try:
-        requests.post(url, timeout=30)
-    except requests.ConnectionError:
-        return
-
-
-def test_connections_are_kept_alive(network: LocalNetwork) -> None:
-    with socket.create_connection(("127.0.0.1", urlsplit(network.plc_url).port or 0), timeout=10) as connection:
-        for _ in range(3):
-            connection.sendall(b"GET /did:plc:x HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            answer = b""
-            while b"did:plc:x" not in answer:
-                answer += connection.recv(4096)
-            assert answer.startswith(b"HTTP/1.1 404 ")
-
-
-def test_a_client_that_hangs_up_does_no_harm(network: LocalNetwork) -> None:
-    port = urlsplit(network.plc_url).port or 0
-    fault = network.fault("plc", "late", times=None)
-    for _ in range(3):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(b"GET /did:plc:x HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert fault.fired.wait(10)
-            # Closed with a reset, so that the answer cannot be written any more.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    network.clear_faults()
-    assert requests.get(f"{network.plc_url}/did:plc:x", timeout=10).status_code == 404
 
 
 def test_many_accounts_live_side_by_side(network: LocalNetwork) -> None:
@@ -89,7 +36,7 @@ def test_many_accounts_live_side_by_side(network: LocalNetwork) -> None:
         client = RawClient(network.issuer)
         tokens = client.log_in(network, accounts[number % len(accounts)])
         for _ in range(5):
-            assert client.call(network.pds_url, "com.atproto.server.getSession", tokens.access).status_code == 200
+            assert client.call(network.pds_url, GET_SESSION, tokens.access).status_code == 200
             tokens = tokens_of(client.refresh(tokens.refresh))
         return client.revoke(tokens.refresh).status_code
 

@@ -16,6 +16,8 @@ from tests.pds.by_hand import take_over
 from tests.pds.harness import Browser, RealPDS
 from tests.pds.install import InstallError, ensure_installed, is_installed
 
+from ..core import RESTLESS
+
 _HERE = Path(__file__).parent
 _problem = pytest.StashKey[InstallError]()
 
@@ -92,7 +94,8 @@ def alice(real_pds: RealPDS, browser: Browser, pds_account: Account) -> LoggedIn
 def client(real_pds: RealPDS, tmp_path: Path) -> Iterator[OAuthClient]:
     """The library, with its sessions on the disk."""
     metadata = ClientMetadata.loopback(SCOPE, [REDIRECT_URI])
-    with OAuthClient(metadata, store=f"sqlite:///{tmp_path}/sessions.db", **real_pds.client_options()) as client:
+    options = {"times": RESTLESS, **real_pds.client_options()}
+    with OAuthClient(metadata, store=f"sqlite:///{tmp_path}/sessions.db", **options) as client:
         yield client
 
 

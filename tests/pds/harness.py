@@ -32,6 +32,7 @@ from requests.cookies import RequestsCookieJar
 from atproto_session.testing.network import Account
 from tests.pds.install import Installation, ensure_installed
 from tests.pds.proxy import FaultProxy
+from tests.scenes import GET_SESSION
 
 #: The bound on every wait for something that takes a second.
 PATIENCE = 60.0
@@ -268,7 +269,7 @@ class NodeClient:
         answer = self._node.request("restore", did=did, refresh=refresh)
         return NodeSession(answer["did"], answer["tokenInfo"], answer["document"])
 
-    def call(self, did: str, path: str = "/xrpc/com.atproto.server.getSession") -> tuple[int, str]:
+    def call(self, did: str, path: str = GET_SESSION) -> tuple[int, str]:
         """GET ``path`` of the account's PDS with its session; the status and the body."""
         answer = self._node.request("call", did=did, path=path)
         return answer["status"], answer["body"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from atproto_session import (
     OAuthCallbackError,
     OAuthClient,
     OAuthSession,
-    Session,
     SessionDeletedEvent,
     SessionNotFoundError,
     SessionUpdatedEvent,
@@ -36,10 +34,10 @@ from tests.pds import proxy
 from tests.pds.by_hand import take_over
 from tests.pds.harness import PATIENCE, Browser, NodeClient, RealPDS
 from tests.pds.proxy import Refresh
+from tests.scenes import GET_SESSION, store_tokens, stored
 
 ROUNDS = 20
 PROCESSES, THREADS = 4, 8
-GET_SESSION = f"/xrpc/{raw.GET_SESSION}"
 
 
 @pytest.fixture
@@ -53,19 +51,8 @@ def log_in(browser: Browser, client: OAuthClient, account: Account, **options: A
     return client.callback(browser.authorize(client.authorize(account.handle), account), **options).session
 
 
-def stored(client: OAuthClient, key: str) -> Session:
-    return client.sessions.get_session(key, False)
-
-
-def store_tokens(client: OAuthClient, did: str, **members: Any) -> None:
-    """Change what is recorded of the tokens, and nothing at the server."""
-    session = stored(client, did)
-    changed = replace(session, token_set=replace(session.token_set, **members))
-    assert client._store.replace(did, changed, session.token_set)
-
-
 def call(by_hand: LoggedIn) -> requests.Response:
-    return by_hand.client.call(by_hand.client.issuer, raw.GET_SESSION, by_hand.tokens.access)
+    return by_hand.client.call(by_hand.client.issuer, GET_SESSION, by_hand.tokens.access)
 
 
 # Logging in

@@ -17,7 +17,6 @@ import secrets
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from atproto_session import (
     OAuthClient,
     OAuthResponseError,
     OAuthSession,
-    Session,
     SessionDeletedEvent,
     TokenRefreshError,
     TokenRevokedError,
@@ -42,14 +40,15 @@ from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account
 from tests.crew import Crew
 from tests.loopback import ScriptedServer, Web, answer
-from tests.network import raw
 from tests.network.raw import SCOPE
 from tests.pds.by_hand import take_over
 from tests.pds.harness import RealPDS
 from tests.pds.proxy import Refresh
+from tests.scenes import GET_SESSION, store_tokens, stored
+
+from ..core import RESTLESS
 
 HOST = "app.atproto-session.internal"
-GET_SESSION = f"/xrpc/{raw.GET_SESSION}"
 PROCESSES, THREADS, ROUNDS = 4, 8, 3
 
 ONE = generate_jwk() | {"kid": "one"}
@@ -98,7 +97,8 @@ class Application:
 
     def deploy(self, *keys: dict[str, str]) -> OAuthClient:
         """The application with these keys, and its documents where they belong."""
-        client = OAuthClient(self.metadata, store=self.store, keyset=Keyset(keys), **self.pds.client_options())
+        options = {"times": RESTLESS, **self.pds.client_options()}
+        client = OAuthClient(self.metadata, store=self.store, keyset=Keyset(keys), **options)
         self.serve(client.metadata_document(), client.jwks())
         return client
 
@@ -144,17 +144,6 @@ def log_in(pds: RealPDS, client: OAuthClient, account: Account) -> OAuthSession:
     return session
 
 
-def stored(client: OAuthClient, did: str) -> Session:
-    return client.sessions.get_session(did, False)
-
-
-def store_tokens(client: OAuthClient, did: str, **members: Any) -> None:
-    """Change what is recorded of the tokens, and nothing at the server."""
-    session = stored(client, did)
-    changed = replace(session, token_set=replace(session.token_set, **members))
-    assert client._store.replace(did, changed, session.token_set)
-
-
 # A session's life
 
 
@@ -197,7 +186,7 @@ def test_signing_out_ends_the_session_here_and_there(
             session.sign_out()
         assert client.sessions.get_stored(session.did) is None
     assert [type(event.cause) for event in deletions] == [TokenRevokedError]
-    assert by_hand.client.call(real_pds.pds_url, raw.GET_SESSION, by_hand.tokens.access).status_code == 401
+    assert by_hand.client.call(real_pds.pds_url, GET_SESSION, by_hand.tokens.access).status_code == 401
 
 
 @pytest.mark.duty(36)
@@ -339,7 +328,7 @@ def test_a_kid_that_gets_another_key_ends_its_sessions(
             client.restore(did, refresh=True)
         assert "a different key" in str(caught.value.__cause__)
         assert client.sessions.get_stored(did) is None
-    assert by_hand.client.call(real_pds.pds_url, raw.GET_SESSION, by_hand.tokens.access).status_code == 401
+    assert by_hand.client.call(real_pds.pds_url, GET_SESSION, by_hand.tokens.access).status_code == 401
 
 
 # The PDS fetches for itself

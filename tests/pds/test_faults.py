@@ -35,10 +35,13 @@ from atproto_session.terms import Times
 from atproto_session.testing.network import Account
 from tests.core import SOON, Worker, an_answer_within
 from tests.loopback import closed_port
-from tests.network.raw import GET_SESSION, LoggedIn, error_of
+from tests.network.raw import LoggedIn, error_of
 from tests.pds import proxy
 from tests.pds.harness import Browser, RealPDS
 from tests.pds.proxy import Action, Refresh
+from tests.scenes import GET_SESSION, stored
+
+from ..core import RESTLESS
 
 TOKEN = "/oauth/token"
 
@@ -56,7 +59,8 @@ class Clock:
 @contextmanager
 def another_worker(pds: RealPDS, client: OAuthClient, store: Any, **options: Any) -> Iterator[OAuthClient]:
     """A second client of the same application."""
-    with OAuthClient(client.metadata, store=store, **pds.client_options(), **options) as worker:
+    options = {"times": RESTLESS, **pds.client_options(), **options}
+    with OAuthClient(client.metadata, store=store, **options) as worker:
         yield worker
 
 
@@ -64,10 +68,6 @@ def another_worker(pds: RealPDS, client: OAuthClient, store: Any, **options: Any
 def store(tmp_path: Path) -> str:
     """The store of ``client``."""
     return f"sqlite:///{tmp_path}/sessions.db"
-
-
-def stored(client: OAuthClient, did: str) -> Session:
-    return client.sessions.get_session(did, False)
 
 
 def refresh(client: OAuthClient, did: str, **options: Any) -> Session:
@@ -90,7 +90,7 @@ def assert_works(client: OAuthClient, did: str) -> None:
     """It is stored with no doubt left, and the server agrees."""
     session = stored(client, did)
     assert session.attempt is None
-    assert client.restore(did).get(f"/xrpc/{GET_SESSION}").json()["did"] == did
+    assert client.restore(did).get(GET_SESSION).json()["did"] == did
 
 
 def assert_lost(client: OAuthClient, pds: RealPDS, by_hand: LoggedIn) -> None:
@@ -172,7 +172,7 @@ def test_a_request_that_was_cut_off_may_have_been_processed_but_was_not(
 
 def assert_that_it_answers(session: OAuthSession) -> None:
     """Doubt about a refresh token keeps nobody from using a good access token."""
-    assert session.get(f"/xrpc/{GET_SESSION}").status_code == 200
+    assert session.get(GET_SESSION).status_code == 200
 
 
 def test_a_gateway_error_leaves_a_doubt(real_pds: RealPDS, client: OAuthClient, session: OAuthSession) -> None:

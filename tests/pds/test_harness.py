@@ -15,13 +15,14 @@ import pytest
 import requests
 
 from atproto_session.testing.network import Account
-from tests.network.raw import GET_SESSION, LOOPBACK, SCOPE, LoggedIn, RawClient, error_of, tokens_of
+from tests.network.raw import LOOPBACK, SCOPE, LoggedIn, RawClient, error_of, tokens_of
 from tests.pds import proxy
 from tests.pds.harness import PATIENCE, NodeClient, NodeClientError, RealPDS
 from tests.pds.proxy import Action, Refresh
+from tests.scenes import GET_SESSION
 
 TOKEN = "/oauth/token"
-CALL = f"/xrpc/{GET_SESSION}"
+CALL = GET_SESSION
 
 
 @pytest.fixture(scope="module")

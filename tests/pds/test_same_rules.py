@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import requests
@@ -17,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from atproto_session.testing.network import Account, LocalNetwork
 from tests.core import wait_until
 from tests.network.raw import (
-    GET_SESSION,
     REDIRECT_URI,
     SCOPE,
     LoggedIn,
@@ -31,6 +31,7 @@ from tests.network.raw import (
     tokens_of,
 )
 from tests.pds.harness import PATIENCE, Browser, RealPDS
+from tests.scenes import GET_SESSION
 
 UNKNOWN_REFRESH_TOKEN = "ref-" + "0" * 64
 NONCE_WANTED = "Authorization server requires nonce in DPoP proof"
@@ -110,8 +111,10 @@ def challenge(error: str, description: str) -> dict[str, str]:
     return {"error": error} if '"' in description else {"error": error, "error_description": description}
 
 
-def assert_refused_at_token_endpoint(response: requests.Response, error: str, description: str) -> None:
+def assert_refused_at_token_endpoint(response: requests.Response, error: str, description: str | None) -> None:
+    """:param description: ``None`` where each server has its own words."""
     status = 401 if error == "invalid_dpop_proof" else 400
+    description = error_of(response)[1] if description is None else description
     assert (response.status_code, *error_of(response)) == (status, error, description)
     assert response.headers["DPoP-Nonce"]
     assert response.headers["Cache-Control"] == "no-store"
@@ -121,7 +124,8 @@ def assert_refused_at_token_endpoint(response: requests.Response, error: str, de
         assert "WWW-Authenticate" not in response.headers
 
 
-def assert_refused_at_resource(response: requests.Response, error: str, description: str) -> None:
+def assert_refused_at_resource(response: requests.Response, error: str, description: str | None) -> None:
+    description = error_of(response)[1] if description is None else description
     assert (response.status_code, response.json()) == (401, {"error": error, "message": description})
     assert challenge_of(response) == challenge(error, description)
     assert response.headers["DPoP-Nonce"]
@@ -242,6 +246,29 @@ def test_a_wrong_request_is_refused(server: Server, changes: dict[str, str | Non
     assert response.headers["DPoP-Nonce"]
 
 
+@pytest.mark.parametrize(
+    ("registered", "requested", "accepted"),
+    [
+        ("http://127.0.0.1/", "http://127.0.0.1:4711/", True),
+        ("http://[::1]/", "http://[::1]:4711/", True),
+        ("http://127.0.0.1/a", "http://127.0.0.1:4711/b", False),
+        ("http://127.0.0.1/", "http://[::1]:4711/", False),
+        ("http://127.0.0.1/", "https://127.0.0.1:4711/", False),
+        ("http://127.0.0.1/", "http://127.0.0.1:99999/", False),
+        ("http://127.0.0.1/", "http://user@127.0.0.1:4711/", False),
+        (None, "http://127.0.0.1:4711/", True),
+        (None, "http://[::1]/", True),
+        (None, "http://127.0.0.1:4711/callback", False),
+    ],
+)
+def test_the_port_is_ignored_where_none_is_registered(
+    server: Server, registered: str | None, requested: str, accepted: bool
+) -> None:
+    client_id = "http://localhost" + ("" if registered is None else "?" + urlencode({"redirect_uri": registered}))
+    response = RawClient(server.url, client_id=client_id).push(redirect_uri=requested, scope="atproto")
+    assert response.status_code == (201 if accepted else 400), response.text
+
+
 def test_the_callback_names_the_issuer_whether_approved_or_not(server: Server) -> None:
     client = server.client()
     callback = server.network.authorize(client.authorize_url(), server.account)
@@ -314,6 +341,7 @@ def test_a_verifier_that_cannot_be_one_leaves_the_code_good(server: Server) -> N
     code = client.code(server.network, server.account)
     refused = client.exchange(code, code_verifier="short")
     assert (refused.status_code, error_of(refused)[0]) == (400, "invalid_grant")
+    assert "code_verifier" in error_of(refused)[1]
     tokens_of(client.exchange(code))
 
 
@@ -329,6 +357,22 @@ def test_a_request_of_nobody_is_refused(server: Server, path: str, error: str) -
         headers = {"Content-Type": kind}
         response = requests.post(f"{server.url}/oauth/{path}", data=body, headers=headers, timeout=PATIENCE)
         assert (response.status_code, error_of(response)[0]) == (400, error)
+
+
+@pytest.mark.parametrize(
+    ("path", "form", "error"),
+    [
+        ("token", {"client_id": None, "grant_type": "x"}, "invalid_grant"),
+        ("token", {"grant_type": "password"}, "invalid_grant"),
+        ("token", {"grant_type": "refresh_token"}, "invalid_grant"),
+        ("revoke", {}, "invalid_request"),
+    ],
+)
+def test_a_request_without_what_it_is_about_is_refused(
+    server: Server, path: str, form: dict[str, str | None], error: str
+) -> None:
+    response = server.client().post(f"/oauth/{path}", form)
+    assert (response.status_code, error_of(response)[0]) == (400, error)
 
 
 # Proofs
@@ -354,33 +398,54 @@ def test_a_nonce_is_demanded_in_each_endpoints_own_way(
     assert_refused_at_token_endpoint(refused, "use_dpop_nonce", description)
 
     forget()
-    proof = client.proof("GET", f"{server.url}/xrpc/{GET_SESSION}", token=alice.tokens.access)
+    proof = client.proof("GET", f"{server.url}{GET_SESSION}", token=alice.tokens.access)
     assert_refused_at_resource(call(alice, proof=proof), "use_dpop_nonce", description)
     assert_session_lives(alice)
 
 
-BAD_PROOFS: list[tuple[dict[str, Any], str]] = [
+BAD_PROOFS: list[tuple[dict[str, Any], str | None]] = [
     ({"header": {"typ": "JWT"}}, 'Failed to verify DPoP proof: unexpected "typ" JWT header value'),
+    ({"header": {"typ": None}}, 'Failed to verify DPoP proof: unexpected "typ" JWT header value'),
+    ({"header": {"jwk": None}}, None),
+    ({"header": {"jwk": {"kty": "EC", "crv": "P-384", "x": "", "y": ""}}}, None),
+    ({"header": {"jwk": {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}}}, None),
+    ({"header": {"jwk": {"kty": "EC", "crv": "P-256", "x": 1}}}, None),
+    ({"header": {"jwk": public_jwk(new_key(), d="AA")}}, None),
     ({"header": {"jwk": public_jwk(new_key())}}, "Failed to verify DPoP proof: signature verification failed"),
     ({"jti": None}, 'DPoP "jti" missing'),
+    ({"jti": 7}, 'DPoP "jti" missing'),
     ({"htm": "PUT"}, 'DPoP "htm" mismatch'),
+    ({"htm": None}, 'DPoP "htm" mismatch'),
     ({"htu": "http://localhost:1/"}, 'DPoP "htu" mismatch'),
+    ({"htu": None}, None),
+    ({"iat": None}, None),
+    ({"iat": True}, 'Failed to verify DPoP proof: "iat" claim must be a number'),
     ({"iat": "now"}, 'Failed to verify DPoP proof: "iat" claim must be a number'),
     ({"nonce": 7}, 'Invalid DPoP "nonce" type'),
-    ({"ath": "AAAA"}, ""),
 ]
 
 
-@pytest.mark.parametrize(("changes", "description"), BAD_PROOFS, ids=lambda value: str([*value]) if value else "")
+@pytest.mark.parametrize(("changes", "description"), BAD_PROOFS)
 def test_a_bad_proof_is_refused_and_costs_nothing(
-    server: Server, alice: LoggedIn, changes: dict[str, Any], description: str
+    server: Server, alice: LoggedIn, changes: dict[str, Any], description: str | None
 ) -> None:
     client = alice.client
     form = {"grant_type": "refresh_token", "refresh_token": alice.tokens.refresh}
     refused = client.post("/oauth/token", form, proof=client.proof("POST", f"{server.url}/oauth/token", **changes))
-    assert_refused_at_token_endpoint(refused, "invalid_dpop_proof", description or 'DPoP "ath" claim not allowed')
-    proof = client.proof("GET", f"{server.url}/xrpc/{GET_SESSION}", **{"token": alice.tokens.access, **changes})
-    assert_refused_at_resource(call(alice, proof=proof), "invalid_dpop_proof", description or 'DPoP "ath" mismatch')
+    assert_refused_at_token_endpoint(refused, "invalid_dpop_proof", description)
+    proof = client.proof("GET", f"{server.url}{GET_SESSION}", **{"token": alice.tokens.access, **changes})
+    assert_refused_at_resource(call(alice, proof=proof), "invalid_dpop_proof", description)
+    assert_session_lives(alice)
+
+
+def test_a_proof_names_the_token_that_it_goes_with_and_no_other(server: Server, alice: LoggedIn) -> None:
+    client, access = alice.client, alice.tokens.access
+    for ath in (None, "AAAA"):
+        proof = client.proof("GET", f"{server.url}{GET_SESSION}", token=access, ath=ath)
+        assert_refused_at_resource(call(alice, proof=proof), "invalid_dpop_proof", 'DPoP "ath" mismatch')
+    form = {"grant_type": "refresh_token", "refresh_token": alice.tokens.refresh}
+    refused = client.post("/oauth/token", form, proof=client.proof("POST", f"{server.url}/oauth/token", token=access))
+    assert_refused_at_token_endpoint(refused, "invalid_dpop_proof", 'DPoP "ath" claim not allowed')
     assert_session_lives(alice)
 
 
@@ -393,7 +458,7 @@ def test_a_proof_is_required(server: Server, alice: LoggedIn) -> None:
     refused = requests.post(f"{server.url}/oauth/token", data=form, timeout=PATIENCE)
     assert_refused_at_token_endpoint(refused, "invalid_dpop_proof", "DPoP proof required")
     headers = {"Authorization": f"DPoP {alice.tokens.access}"}
-    refused = requests.get(f"{server.url}/xrpc/{GET_SESSION}", headers=headers, timeout=PATIENCE)
+    refused = requests.get(f"{server.url}{GET_SESSION}", headers=headers, timeout=PATIENCE)
     assert_refused_at_resource(refused, "invalid_dpop_proof", "DPoP proof required")
     assert_session_lives(alice)
 
@@ -427,7 +492,7 @@ def test_a_proof_works_once(server: Server, alice: LoggedIn) -> None:
     assert_refused_at_token_endpoint(
         client.post("/oauth/token", form, proof=proof), "invalid_dpop_proof", "DPoP proof replayed"
     )
-    proof = client.proof("GET", f"{server.url}/xrpc/{GET_SESSION}", token=alice.tokens.access)
+    proof = client.proof("GET", f"{server.url}{GET_SESSION}", token=alice.tokens.access)
     assert call(alice, proof=proof).status_code == 200
     assert_refused_at_resource(call(alice, proof=proof), "invalid_dpop_proof", "DPoP proof replayed")
     assert_session_lives(alice)
@@ -448,9 +513,9 @@ def test_what_is_no_dpop_request_gets_no_challenge(server: Server, alice: Logged
         ("DPoP", 400, "InvalidToken", "Malformed authorization header"),
         (f"Bearer {alice.tokens.access}", 400, "InvalidToken", "Malformed token"),
     ):
-        proof = alice.client.proof("GET", f"{server.url}/xrpc/{GET_SESSION}", token=alice.tokens.access)
+        proof = alice.client.proof("GET", f"{server.url}{GET_SESSION}", token=alice.tokens.access)
         headers = {"Authorization": authorization, "DPoP": proof}
-        refused = requests.get(f"{server.url}/xrpc/{GET_SESSION}", headers=headers, timeout=PATIENCE)
+        refused = requests.get(f"{server.url}{GET_SESSION}", headers=headers, timeout=PATIENCE)
         assert (refused.status_code, refused.json()) == (status, {"error": error, "message": message})
         assert not {"WWW-Authenticate", "DPoP-Nonce"} & {*refused.headers}
 

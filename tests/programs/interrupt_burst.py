@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from atproto_session import ClientMetadata, LockTimeoutError, OAuthClient, SessionUpdatedEvent
 
-from .interrupt_refresh import GET_SESSION, TimeLimit, raise_in
+from ..scenes import GET_SESSION
+from .interrupt_refresh import TimeLimit, raise_in
 
 VICTIMS = 2
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from atproto_session import ClientMetadata, LockTimeoutError, OAuthClient, SessionError, SessionUpdatedEvent
 
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from ..scenes import GET_SESSION
 
 
 class TimeLimit(Exception):

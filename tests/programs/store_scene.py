@@ -15,8 +15,7 @@ from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, Fault, LocalNetwork
 
 from ..core import RESTLESS, SOON, Worker
-
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from ..scenes import GET_SESSION
 
 #: Where a refresh can be stopped, in their order. From the third on its request has left.
 INSTANTS = ["before the attempt", "before the last look", "request sent", "answer under way", "before the store"]

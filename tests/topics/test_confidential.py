@@ -20,9 +20,11 @@ from atproto_session import (
 from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
+from ..core import RESTLESS
+from ..scenes import GET_SESSION, log_in
+
 CLIENT_ID = "https://app.example.com/client-metadata.json"
 JWKS_URI = "https://app.example.com/jwks.json"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
 ONE = generate_jwk() | {"kid": "one"}
 TWO = generate_jwk() | {"kid": "two"}
@@ -47,7 +49,8 @@ class Application:
             jwks_uri=JWKS_URI if self.by_uri else None,
             jwks=None if self.by_uri else (published or keyset).jwks(),
         )
-        client = OAuthClient(metadata, store=self.store, keyset=keyset, **self.network.client_options())
+        options = {"times": RESTLESS, **self.network.client_options()}
+        client = OAuthClient(metadata, store=self.store, keyset=keyset, **options)
         self.network.publish(CLIENT_ID, client.metadata_document())
         self.network.publish(JWKS_URI, client.jwks())
         return client
@@ -56,10 +59,6 @@ class Application:
 @pytest.fixture(params=[False, True], ids=["jwks", "jwks_uri"])
 def application(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Application:
     return Application(network, f"sqlite:///{tmp_path}/sessions.db", by_uri=request.param)
-
-
-def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
-    client.callback(network.authorize(client.authorize(account.did), account))
 
 
 @pytest.mark.duty(18, 20, 23, 29)

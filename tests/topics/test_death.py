@@ -3,12 +3,9 @@ that can be read, a lock that is free, and a record that tells what may have bee
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -37,46 +34,33 @@ from atproto_session.testing.network import LocalNetwork
 from atproto_session.testing.network.wire import ConnectionCut, Request, Response
 
 from ..core import DID, KEY, RESTLESS, SOON, make_tokens, wait_until
-from ..crew import ROOT
+from ..processes import Program
+from ..scenes import Scene
 
-#: How many processes all the tests of this file kill, at least. The exact number depends on how many steps there are.
-KILLS_AT_LEAST = 350
+#: Kills at random instants, of each kind and in each store. Every other kill is at a step, and every step has one.
+ALONE, BESIDE_ANOTHER = 20, 8
 
 
-class DeathRow:
-    """A process of :mod:`tests.programs.death_row`, and the child of it that lives at the moment.
-
-    :cvar kills: how many children of any of them were killed.
-    """
-
-    kills = 0
+class DeathRow(Program):
+    """A process of :mod:`tests.programs.death_row`, and the child of it that lives at the moment."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.death_row"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-        )
+        super().__init__("programs.death_row")
         self._child = 0
 
     def start(self, **order: Any) -> None:
         """Have a child carry out ``order``."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
+        self.say(order)
         self._child = self.hear()["pid"]
 
     def stop(self) -> dict[str, Any]:
         """Have a child that hammers come to its end; what it says about it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"\n")
-        self._process.stdin.flush()
+        self.say("")
         return self.end()
 
     def end(self) -> dict[str, Any]:
         """What a child that needs nothing more says at its end."""
-        answer = self.hear()
+        answer: dict[str, Any] = self.hear()
         assert "done" in answer, answer
         assert self.hear() == {"ended": 0}
         return answer
@@ -84,7 +68,6 @@ class DeathRow:
     def kill(self) -> None:
         """Kill the child. When this returns, nothing of it is left."""
         os.kill(self._child, signal.SIGKILL)
-        DeathRow.kills += 1
         while "ended" not in (answer := self.hear()):
             pass
         assert answer == {"ended": -signal.SIGKILL}
@@ -101,32 +84,6 @@ class DeathRow:
         self.kill()
         return str(answer["at"])
 
-    def hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the process of the children ended"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(SOON)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def killed_often_enough(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whoever runs the whole file is to know that it did what ``docs/faults.rst`` says."""
-    DeathRow.kills = 0
-    yield
-    selected = {item.function for item in request.session.items if isinstance(item, pytest.Function)}
-    is_whole = selected.issuperset(value for name, value in vars(request.module).items() if name.startswith("test_"))
-    is_narrowed = request.config.option.keyword or any("::" in argument for argument in request.config.args)
-    if is_whole and not is_narrowed and not request.session.testsfailed:
-        assert DeathRow.kills >= KILLS_AT_LEAST
-
 
 @pytest.fixture(scope="module")
 def row() -> Iterator[DeathRow]:
@@ -140,57 +97,33 @@ def another_row() -> Iterator[DeathRow]:
         yield row
 
 
-class Scene:
+class DeathScene(Scene):
     """A store that the victims share with others, an account, and what becomes of it.
 
-    :ivar witness: a client that has been there all the time.
     :ivar lost: the refresh tokens that were used twice, as they may be after an answer was lost.
     """
 
-    def __init__(self, network: LocalNetwork, url: str) -> None:
-        self.network = network
-        self.url = url
-        self.account = network.create_account()
-        self.did = self.account.did
-        self.witness = OAuthClient(ClientMetadata.loopback(), store=url, times=RESTLESS, **network.client_options())
+    def __init__(self, network: LocalNetwork, store: str) -> None:
+        super().__init__(network, store)
         self.lost: set[str] = set()
         self.had_leftovers = False
-        self.log_in()
-
-    @property
-    def order(self) -> dict[str, Any]:
-        return {"store": self.url, "options": self.network.client_options(), "did": self.did}
-
-    def log_in(self) -> str:
-        self.witness.callback(self.callback_url())
-        return self.refresh_token()
 
     def callback_url(self) -> str:
-        return self.network.authorize(self.witness.authorize(self.did), self.account)
-
-    def stored(self) -> Session:
-        session = self.witness.sessions.get_stored(self.did)
-        assert session is not None
-        return session
-
-    def refresh_token(self) -> str:
-        token = self.stored().token_set.refresh_token
-        assert token is not None
-        return token
+        return self.network.authorize(self.client.authorize(self.did), self.account)
 
     @contextmanager
     def aftermath(self) -> Iterator[OAuthClient]:
         """What has to be true after every death, and a client that comes new to the store."""
         self.settle()
-        leftovers = Path(self.url.removeprefix("json:///")) / "writing"
+        leftovers = Path(self.store.removeprefix("json:///")) / "writing"
         self.had_leftovers = self.had_leftovers or (leftovers.is_dir() and any(leftovers.iterdir()))
-        with closing(open_store(self.url)) as store:
+        with closing(open_store(self.store)) as store:
             assert not leftovers.is_dir() or not any(leftovers.iterdir())
             with store.locks.hold(self.did, timeout=0):
                 pass
             assert set(store) <= {self.did}
             left = store.get(self.did)
-            assert self.witness.sessions.get_stored(self.did) == left
+            assert self.client.sessions.get_stored(self.did) == left
             assert set(store) == (set() if left is None else {self.did})
             yield OAuthClient(ClientMetadata.loopback(), store=store, times=RESTLESS, **self.network.client_options())
 
@@ -229,7 +162,7 @@ class Scene:
         """With ``on_interrupted="fail"``: without a request, and the record stays."""
         cautious = OAuthClient(
             ClientMetadata.loopback(),
-            store=self.witness._store,
+            store=self.client._store,
             on_interrupted="fail",
             **self.network.client_options(),
         )
@@ -251,13 +184,10 @@ class Scene:
         assert all(uses[token] == 2 for token in self.lost)
         assert self.network.replays == len(self.lost)
 
-    def close(self) -> None:
-        self.witness.close()
-
 
 @pytest.fixture(params=["json", "sqlite"])
-def scene(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Iterator[Scene]:
-    with closing(Scene(network, f"{request.param}:///{tmp_path}/sessions")) as scene:
+def scene(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Iterator[DeathScene]:
+    with closing(DeathScene(network, f"{request.param}:///{tmp_path}/sessions")) as scene:
         yield scene
         scene.check_uses()
 
@@ -265,14 +195,14 @@ def scene(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path)
 # At every step
 
 
-def test_killed_at_every_step_of_a_refresh(scene: Scene, row: DeathRow) -> None:
+def test_killed_at_every_step_of_a_refresh(scene: DeathScene, row: DeathRow) -> None:
     became: dict[str, list[str]] = {"unspent": [], "lost": [], "stored": []}
     steps: list[str] = []
     order: list[str] = []
     before = scene.refresh_token()
-    while (step := row.kill_at(len(steps), do="refresh", **scene.order)) is not None:
+    while (step := row.kill_at(len(steps), do="refresh", **scene.setup)) is not None:
         if scene.refresh_token() != before:
-            assert scene.witness.sessions.get_session(scene.did) == scene.stored()
+            assert scene.client.sessions.get_session(scene.did) == scene.stored()
             assert scene.refresh_after_death() == "unspent"
             outcome = "stored"
         else:
@@ -280,7 +210,9 @@ def test_killed_at_every_step_of_a_refresh(scene: Scene, row: DeathRow) -> None:
         became[outcome].append(step)
         order.append(outcome)
         steps.append(step)
-        before = scene.log_in() if outcome == "lost" else scene.refresh_token()
+        if outcome == "lost":
+            scene.log_in()
+        before = scene.refresh_token()
     assert order == sorted(order, key=list(became).index)
     assert "before send" in became["unspent"]
     assert "after replace in store" in became["unspent"]
@@ -289,7 +221,7 @@ def test_killed_at_every_step_of_a_refresh(scene: Scene, row: DeathRow) -> None:
     assert "after replace in store" in became["stored"]
     assert became["stored"][-1] == "after unlock"
     assert min(map(len, became.values())) >= 3
-    if scene.url.startswith("json"):
+    if scene.store.startswith("json"):
         assert scene.had_leftovers
         # That it survives a power failure, nobody can try here: the file reaches the disk before it has its name, and
         # so does the name.
@@ -300,7 +232,7 @@ def test_killed_at_every_step_of_a_refresh(scene: Scene, row: DeathRow) -> None:
                 assert steps[number + 1 : number + 4] == ["before open", "after open", "before fsync"]
 
 
-def test_killed_at_every_step_of_storing_a_log_in(scene: Scene, row: DeathRow) -> None:
+def test_killed_at_every_step_of_storing_a_log_in(scene: DeathScene, row: DeathRow) -> None:
     """In the place of an older session, or of none: the one or the other is there, whole; and a log-in whose state was
     taken out cannot be ended again."""
     became = set()
@@ -308,9 +240,9 @@ def test_killed_at_every_step_of_storing_a_log_in(scene: Scene, row: DeathRow) -
     while True:
         before = scene.stored() if number % 3 else None
         if before is None:
-            scene.witness.sessions._store.delete(scene.did)
+            scene.client.sessions._store.delete(scene.did)
         callback = scene.callback_url()
-        step = row.kill_at(number, do="log-in", callback=callback, **scene.order)
+        step = row.kill_at(number, do="log-in", callback=callback, **scene.setup)
         if step is None:
             break
         number += 1
@@ -339,11 +271,11 @@ def test_killed_at_every_step_of_storing_a_log_in(scene: Scene, row: DeathRow) -
     assert became == {"pending", "gone", "stored"}
 
 
-def test_killed_at_every_step_of_a_log_out(scene: Scene, row: DeathRow) -> None:
+def test_killed_at_every_step_of_a_log_out(scene: DeathScene, row: DeathRow) -> None:
     """As long as the session is there it works; only when it is gone is it ended at its server."""
     became: list[str] = []
     before = scene.stored()
-    while (step := row.kill_at(len(became), do="log-out", **scene.order)) is not None:
+    while (step := row.kill_at(len(became), do="log-out", **scene.setup)) is not None:
         with scene.aftermath() as successor:
             left = successor.sessions.get_stored(scene.did)
             if left is None:
@@ -360,7 +292,7 @@ def test_killed_at_every_step_of_a_log_out(scene: Scene, row: DeathRow) -> None:
     assert became == sorted(became, reverse=True)
     assert set(became) == {"there", "gone"}
     assert len(became) >= 10
-    assert scene.witness.sessions.get_stored(scene.did) is None
+    assert scene.client.sessions.get_stored(scene.did) is None
     assert not scene.is_current(before.token_set.refresh_token or "")
 
 
@@ -407,19 +339,16 @@ def stored_at(url: str, key: str) -> dict[str, Session | None]:
 
 
 @pytest.mark.parametrize("processed", [False, True])
-def test_killed_while_the_answer_is_awaited(scene: Scene, row: DeathRow, processed: bool) -> None:
+def test_killed_while_the_answer_is_awaited(scene: DeathScene, row: DeathRow, processed: bool) -> None:
     """The request has left; whether it was processed, only the next one finds out."""
-    for _ in range(5):
-        kill_while_the_answer_is_awaited(scene, row, processed=processed)
-        left = scene.stored()
-        assert left.attempt is not None
-        assert left.attempt.answers_lost == 0
-        assert scene.refresh_after_death() == ("lost" if processed else "unspent")
-        if processed:
-            scene.log_in()
+    kill_while_the_answer_is_awaited(scene, row, processed=processed)
+    left = scene.stored()
+    assert left.attempt is not None
+    assert left.attempt.answers_lost == 0
+    assert scene.refresh_after_death() == ("lost" if processed else "unspent")
 
 
-def test_killed_again_and_again_while_the_answer_is_awaited(scene: Scene, row: DeathRow) -> None:
+def test_killed_again_and_again_while_the_answer_is_awaited(scene: DeathScene, row: DeathRow) -> None:
     for answers_lost in range(4):
         kill_while_the_answer_is_awaited(scene, row, processed=False)
         left = scene.stored()
@@ -428,7 +357,7 @@ def test_killed_again_and_again_while_the_answer_is_awaited(scene: Scene, row: D
     assert scene.refresh_after_death() == "unspent"
 
 
-def kill_while_the_answer_is_awaited(scene: Scene, row: DeathRow, *, processed: bool) -> None:
+def kill_while_the_answer_is_awaited(scene: DeathScene, row: DeathRow, *, processed: bool) -> None:
     dead = threading.Event()
 
     def lose(request: Request) -> Response:
@@ -439,43 +368,43 @@ def kill_while_the_answer_is_awaited(scene: Scene, row: DeathRow, *, processed: 
         fault = scene.network.fault("refresh", "late")
     else:
         fault = scene.network.fault("refresh", "custom", respond=lose, after=1)  # what comes first asks for a nonce
-    row.start(do="refresh", **scene.order)
+    row.start(do="refresh", **scene.setup)
     assert fault.fired.wait(SOON)
     row.kill()
     dead.set()
     fault.disarm()
 
 
-def test_a_request_of_the_dead_that_is_processed_late(scene: Scene, row: DeathRow) -> None:
+def test_a_request_of_the_dead_that_is_processed_late(scene: DeathScene, row: DeathRow) -> None:
     """After the one of the next worker, for which it is too late: nothing that a client can do would keep the session,
     which ends as it does when the server takes a token for stolen."""
     fault = scene.network.fault("refresh", "hold", after=1)
-    row.start(do="refresh", **scene.order)
+    row.start(do="refresh", **scene.setup)
     assert fault.fired.wait(SOON)
     row.kill()
     token = scene.refresh_token()
-    renewed = scene.witness.sessions.get_session(scene.did, True, timeout=SOON)
+    renewed = scene.client.sessions.get_session(scene.did, True, timeout=SOON)
     assert renewed.token_set.refresh_token == scene.refresh_token() != token
     fault.disarm()
     scene.settle()
     assert scene.network.refresh_token_uses[token] == 2
     scene.lost.add(token)
     with pytest.raises(TokenRefreshError) as caught:
-        scene.witness.sessions.get_session(scene.did, True, timeout=SOON)
+        scene.client.sessions.get_session(scene.did, True, timeout=SOON)
     assert caught.value.answer_lost
-    assert scene.witness.sessions.get_stored(scene.did) is None
+    assert scene.client.sessions.get_stored(scene.did) is None
 
 
 # At any instant
 
 
-def test_killed_at_any_instant(scene: Scene, row: DeathRow) -> None:
+def test_killed_at_any_instant(scene: DeathScene, row: DeathRow) -> None:
     """Threads that refresh one session after the other as fast as they can. The instants are those of a seed, as far as
     a machine keeps to them; every one of them is a good one."""
     instants = random.Random(20260801)
     became = Counter[str]()
     kills = in_a_refresh = 0
-    while kills < 20 or in_a_refresh < 5:
+    while kills < ALONE or in_a_refresh < 5:
         assert kills < 100, "hardly any is killed where it matters"
         start_hammering(scene, row, threads=3)
         time.sleep(instants.uniform(0.0, 0.06))
@@ -490,26 +419,26 @@ def test_killed_at_any_instant(scene: Scene, row: DeathRow) -> None:
     assert became["unspent"] > 0
 
 
-def start_hammering(scene: Scene, *rows: DeathRow, threads: int) -> None:
+def start_hammering(scene: DeathScene, *rows: DeathRow, threads: int) -> None:
     """Until the first request has arrived: a machine may be so busy that it takes long to come that far."""
     requests = scene.network.token_requests
     for row in rows:
-        row.start(do="hammer", dids=[scene.did], threads=threads, **scene.order)
+        row.start(do="hammer", dids=[scene.did], threads=threads, **scene.setup)
     for row in rows:
         assert row.hear() == {"hammering": True}
     wait_until(lambda: scene.network.token_requests > requests)
 
 
-def test_the_others_go_on_when_one_is_killed(scene: Scene, row: DeathRow, another_row: DeathRow) -> None:
+def test_the_others_go_on_when_one_is_killed(scene: DeathScene, row: DeathRow, another_row: DeathRow) -> None:
     """Two processes refresh the same session as fast as they can, until one of them is killed."""
     instants = random.Random(20260802)
-    for _ in range(8):
+    for _ in range(BESIDE_ANOTHER):
         start_hammering(scene, row, another_row, threads=2)
         time.sleep(instants.uniform(0.0, 0.06))
         replays = scene.network.replays
         earliest = scene.refresh_token()
         row.kill()
-        left = scene.witness.sessions.get_stored(scene.did)
+        left = scene.client.sessions.get_stored(scene.did)
         latest = None if left is None else left.token_set.refresh_token
         rotations = scene.network.rotations
         wait_until(lambda: scene.network.rotations >= rotations + 3 or scene.network.replays > replays)  # noqa: B023
@@ -523,7 +452,7 @@ def test_the_others_go_on_when_one_is_killed(scene: Scene, row: DeathRow, anothe
             scene.log_in()
 
 
-def check_a_request_of_the_dead(scene: Scene, earliest: str, latest: str | None, errors: list[str]) -> None:
+def check_a_request_of_the_dead(scene: DeathScene, earliest: str, latest: str | None, errors: list[str]) -> None:
     """A token was used twice. That is nobody's fault if the victim had sent it, and the survivor had to find out what
     had become of that.
 
@@ -539,11 +468,11 @@ def check_a_request_of_the_dead(scene: Scene, earliest: str, latest: str | None,
     end = in_order.index(latest) + 1 if latest is not None and latest in uses else None
     assert token in in_order[in_order.index(earliest) : end], "the victim did not have it"
 
-    if scene.witness.sessions.get_stored(scene.did) is not None:  # the survivor was stopped before it found out
+    if scene.client.sessions.get_stored(scene.did) is not None:  # the survivor was stopped before it found out
         with pytest.raises(TokenRefreshError) as caught:
-            scene.witness.sessions.get_session(scene.did, True, timeout=SOON)
+            scene.client.sessions.get_session(scene.did, True, timeout=SOON)
         errors = [*errors, "TokenRefreshError" + " of a lost answer" * caught.value.answer_lost]
-    assert scene.witness.sessions.get_stored(scene.did) is None
+    assert scene.client.sessions.get_stored(scene.did) is None
     (error,) = set(errors) - {"SessionNotFoundError"}  # those who waited share it
     # The record told of the victim's request, and the next one remembers it. What came after that was good, and nobody
     # could know that a request of the dead would still end it.

@@ -38,8 +38,8 @@ from atproto_session.dpop import challenge_of
 from atproto_session.keys import generate_jwk, public_jwk
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
-ECHO = "/xrpc/app.test.echo"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
+from ..scenes import ECHO, GET_SESSION, log_in
+
 REDIRECT_URI = "http://127.0.0.1:4711/"
 
 
@@ -73,10 +73,6 @@ def claims_of(token: str) -> dict[str, Any]:
 
 def query_of(url: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query))
-
-
-def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> OAuthSession:
-    return client.callback(network.authorize(client.authorize(account.did), account)).session
 
 
 def nonce_of(network: LocalNetwork) -> str:
@@ -187,7 +183,7 @@ def test_a_log_in_is_stored_before_anything_is_sent(
     push = posts[-1]
     assert state == push.form["state"]
     assert challenge_of(document["verifier"]) == push.form["code_challenge"]
-    assert public_jwk(document["dpopJwk"]) == jwt.get_unverified_header(push.headers["DPoP"])["jwk"]
+    assert public_jwk(document["dpop_key"]) == jwt.get_unverified_header(push.headers["DPoP"])["jwk"]
     assert document["issuer"] == network.issuer
     assert document["did"] == account.did
     assert document["redirectUri"] == REDIRECT_URI

@@ -17,7 +17,6 @@ from atproto_session import (
     ClientMetadata,
     JSONStore,
     OAuthClient,
-    OAuthSession,
     Session,
     SessionNotFoundError,
     SQLiteStore,
@@ -31,10 +30,10 @@ from atproto_session.testing.network import Account, LocalNetwork
 
 from ..core import SOON, Worker
 from ..crew import Crew
+from ..scenes import GET_SESSION, log_in
 
 OLD, NEW, OTHER = (Fernet.generate_key().decode() for _ in range(3))
 BOB = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
 Open = Callable[..., FullStore]
 
@@ -109,10 +108,6 @@ def client_with(place: Place, network: LocalNetwork) -> Iterator[Callable[..., O
     yield client_with_
     for client in clients:
         client.close()
-
-
-def log_in(network: LocalNetwork, client: OAuthClient, account: Account) -> OAuthSession:
-    return client.callback(network.authorize(client.authorize(account.did), account)).session
 
 
 def secrets_of(session: Session) -> list[str]:

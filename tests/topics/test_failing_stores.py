@@ -12,8 +12,6 @@ import pickle
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -49,9 +47,9 @@ from atproto_session.terms import Times
 from atproto_session.testing.network import Account, LocalNetwork
 
 from ..core import DID, QUICK, RESTLESS, SOON, FakeAuthority, Worker, expired_session
-from ..programs.store_scene import GET_SESSION, INSTANTS, Scene, Steps, WatchedStore, present, tokens_of
-
-ROOT = Path(__file__).parent.parent.parent
+from ..processes import Program
+from ..programs.store_scene import INSTANTS, Scene, Steps, WatchedStore, present, tokens_of
+from ..scenes import GET_SESSION
 
 
 class Place:
@@ -180,40 +178,20 @@ def sqlite_place(network: LocalNetwork, tmp_path: Path, clean_up: ExitStack) -> 
 # A full disk
 
 
-class WorkerProcess:
+class WorkerProcess(Program):
     """:mod:`tests.programs.store_worker`.
 
     :param patient: after a write that has failed, it goes on when there is room again.
     """
 
     def __init__(self, place: Place, *, store_for: float, patient: bool = False) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.store_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
+        super().__init__("programs.store_worker")
         options = place.network.client_options()
-        self._say({"store": place.url, "options": options, "store_for": store_for, "patient": patient})
+        self.say({"store": place.url, "options": options, "store_for": store_for, "patient": patient})
 
     def do(self, *order: str) -> Any:
-        self._say(order)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the worker process ended"
-        return json.loads(line)
-
-    def __enter__(self) -> WorkerProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.communicate(timeout=SOON)
-        assert self._process.returncode == 0 or error[0] is not None
-
-    def _say(self, message: object) -> None:
-        assert self._process.stdin is not None
-        print(json.dumps(message), file=self._process.stdin, flush=True)
+        self.say(order)
+        return self.hear()
 
 
 def test_on_a_full_disk_nothing_is_spent(place: Place) -> None:

@@ -44,8 +44,8 @@ from atproto_session.testing.network import LocalNetwork, Response
 
 from ..core import RESTLESS, SOON, Worker, an_answer_within, wait_until
 from ..loopback import closed_port
+from ..scenes import GET_SESSION
 
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 OTHER_DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 
 

@@ -9,15 +9,10 @@ import gc
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -39,87 +34,27 @@ from atproto_session.testing.network import Account, LocalNetwork
 from atproto_session.testing.network.faults import Fault
 
 from ..core import DID, KEY, SOON, Gate, Worker, wait_until
-from ..crew import ROOT
+from ..processes import ROOT, Child, Program, forked, in_child
 from ..programs import fork_target
-from ..worker import GET_SESSION
+from ..scenes import GET_SESSION, Scene, log_in, store_tokens
 
 # From Python 3.12 on, to fork while other threads run is warned of. That it can be survived is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-class Child:
-    """``work`` in a forked child, which it can talk with through a connection."""
+class ForkScene(Scene):
+    """With a client that was made before any fork.
 
-    def __init__(self, work: Callable[[Connection], object]) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                answer: tuple[bool, object] = True, work(theirs)
-            except BaseException:
-                answer = False, traceback.format_exc()
-            theirs.send(answer)
-            os._exit(0)
-        theirs.close()
-        self._status: int | None = None
+    :ivar lost: the refresh tokens that were used twice, as they may be after an answer was lost.
+    """
 
-    def say(self, message: object) -> None:
-        self._connection.send(message)
-
-    def hear(self) -> Any:
-        assert self._connection.poll(SOON), "the child stands still"
-        return self._connection.recv()
-
-    def result(self) -> Any:
-        succeeded, answer = self.hear()
-        assert succeeded, f"in the child: {answer}"
-        return answer
-
-    def end(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        self._connection.close()
-
-
-@contextmanager
-def forked(work: Callable[[Connection], object]) -> Iterator[Child]:
-    child = Child(work)
-    try:
-        yield child
-    finally:
-        child.end()
-
-
-def in_child(work: Callable[[], object]) -> Any:
-    with forked(lambda _: work()) as child:
-        return child.result()
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An account that has logged in, and a client that was made before any fork."""
-
-    network: LocalNetwork
-    url: str
-    client: OAuthClient
-    account: Account
-    lost: set[str] = field(default_factory=set)
-
-    @property
-    def did(self) -> str:
-        return self.account.did
-
-    def stored(self) -> Session:
-        session = self.client.sessions.get_stored(self.did)
-        assert session is not None
-        return session
+    def __init__(self, network: LocalNetwork, store: str) -> None:
+        super().__init__(network, store)
+        self.lost: set[str] = set()
 
     def expire_in(self, seconds: float) -> None:
         """Let the stored access token expire then, without a word to its server."""
-        session = self.stored()
-        expires_at = datetime.now(UTC) + timedelta(seconds=seconds)
-        tokens = replace(session.token_set, expires_at=expires_at)
-        self.client._store.set(self.did, replace(session, token_set=tokens))
+        store_tokens(self.client, self.did, expires_at=datetime.now(UTC) + timedelta(seconds=seconds))
 
     def request(self) -> int:
         return self.client.restore(self.did).get(GET_SESSION).status_code
@@ -148,7 +83,7 @@ class Scene:
 
     def _is_free(self, did: str) -> bool:
         """For another process: a lock of the same file, opened anew."""
-        with closing(open_store(self.url)) as store:
+        with closing(open_store(self.store)) as store:
             try:
                 with store.locks.hold(did, timeout=0):
                     return True
@@ -159,19 +94,16 @@ class Scene:
         """One whose lock is in another file, since a thousand files are shared by all accounts. It has logged in."""
         while True:
             other = self.network.create_account()
-            with closing(open_store(self.url)) as store, store.locks.hold(self.did, timeout=0):
+            with closing(open_store(self.store)) as store, store.locks.hold(self.did, timeout=0):
                 if not self._is_free(other.did):
                     continue
-            self.client.callback(self.network.authorize(self.client.authorize(other.did), other))
+            log_in(self.network, self.client, other)
             return other
 
 
 @pytest.fixture(params=["json", "sqlite"])
-def scene(request: pytest.FixtureRequest, network: LocalNetwork, account: Account, tmp_path: Path) -> Iterator[Scene]:
-    url = f"{request.param}:///{tmp_path}/sessions"
-    with OAuthClient(ClientMetadata.loopback(), store=url, **network.client_options()) as client:
-        client.callback(network.authorize(client.authorize(account.did), account))
-        scene = Scene(network, url, client, account)
+def scene(request: pytest.FixtureRequest, network: LocalNetwork, tmp_path: Path) -> Iterator[ForkScene]:
+    with closing(ForkScene(network, f"{request.param}:///{tmp_path}/sessions")) as scene:
         yield scene
     assert {token for token, uses in network.refresh_token_uses.items() if uses > 1} == scene.lost
 
@@ -179,7 +111,7 @@ def scene(request: pytest.FixtureRequest, network: LocalNetwork, account: Accoun
 # A refresh under way
 
 
-def test_a_child_takes_what_the_refresh_of_its_parent_brings(scene: Scene) -> None:
+def test_a_child_takes_what_the_refresh_of_its_parent_brings(scene: ForkScene) -> None:
     scene.expire_in(-60.0)
 
     def work(connection: Connection) -> str:
@@ -195,7 +127,7 @@ def test_a_child_takes_what_the_refresh_of_its_parent_brings(scene: Scene) -> No
         assert scene.network.requests(f"/{scene.did}") == lookups  # it is found in the store, with no preparations
 
 
-def test_a_child_goes_on_with_the_old_token_as_others_do(scene: Scene) -> None:
+def test_a_child_goes_on_with_the_old_token_as_others_do(scene: ForkScene) -> None:
     """While it is about to expire, and another process refreshes it."""
     scene.expire_in(9.5)  # less than ten seconds are stale, and these are long enough for a slow machine
     old = scene.stored().token_set.access_token
@@ -203,14 +135,14 @@ def test_a_child_goes_on_with_the_old_token_as_others_do(scene: Scene) -> None:
         assert in_child(lambda: scene.client.sessions.get_session(scene.did).token_set.access_token) == old
 
 
-def test_a_child_closes_its_client_without_waiting_for_its_parent(scene: Scene) -> None:
+def test_a_child_closes_its_client_without_waiting_for_its_parent(scene: ForkScene) -> None:
     scene.expire_in(-60.0)
     with scene.refresh_under_way():
         in_child(scene.client.close)
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
-def test_the_end_of_a_child_is_nothing_to_the_refresh_of_its_parent(scene: Scene, how: str) -> None:
+def test_the_end_of_a_child_is_nothing_to_the_refresh_of_its_parent(scene: ForkScene, how: str) -> None:
     scene.expire_in(-60.0)
     with scene.refresh_under_way():
         with forked(lambda connection: connection.recv()) as child:
@@ -221,7 +153,7 @@ def test_the_end_of_a_child_is_nothing_to_the_refresh_of_its_parent(scene: Scene
     assert scene.lock_is_free()
 
 
-def test_what_a_child_does_is_nothing_to_the_refresh_of_its_parent(scene: Scene, network: LocalNetwork) -> None:
+def test_what_a_child_does_is_nothing_to_the_refresh_of_its_parent(scene: ForkScene, network: LocalNetwork) -> None:
     """Another account in the same store."""
     other = scene.another_account()
     scene.expire_in(-60.0)
@@ -243,7 +175,7 @@ def test_what_a_child_does_is_nothing_to_the_refresh_of_its_parent(scene: Scene,
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_processes_of_multiprocessing(scene: Scene, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_multiprocessing(scene: ForkScene, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
@@ -251,7 +183,7 @@ def test_processes_of_multiprocessing(scene: Scene, method: str, monkeypatch: py
     process = (
         context.Process(target=fork_target.refresh_inherited, args=(scene.client, scene.did, theirs))
         if method == "fork"
-        else context.Process(target=fork_target.refresh_anew, args=(scene.url, options, scene.did, theirs))
+        else context.Process(target=fork_target.refresh_anew, args=(scene.store, options, scene.did, theirs))
     )
     scene.expire_in(-60.0)
     with scene.refresh_under_way() as fault, ours, theirs:
@@ -266,7 +198,7 @@ def test_processes_of_multiprocessing(scene: Scene, method: str, monkeypatch: py
         process.close()
 
 
-def test_a_fork_in_a_listener(scene: Scene) -> None:
+def test_a_fork_in_a_listener(scene: ForkScene) -> None:
     """In the thread of the refresh itself, whose locks are released by then."""
     children: list[Child] = []
 
@@ -286,7 +218,7 @@ def test_a_fork_in_a_listener(scene: Scene) -> None:
     assert scene.request() == 200
 
 
-def test_a_child_looks_servers_up_without_waiting_for_its_parent(scene: Scene) -> None:
+def test_a_child_looks_servers_up_without_waiting_for_its_parent(scene: ForkScene) -> None:
     """Flights of the caches, too, end in the parent alone."""
     fault = scene.network.fault("plc", "hold")
     with OAuthClient(ClientMetadata.loopback(), store="memory:", **scene.network.client_options()) as client:
@@ -300,67 +232,42 @@ def test_a_child_looks_servers_up_without_waiting_for_its_parent(scene: Scene) -
 # A parent that ends first, a child that ends as programs do
 
 
-class Program:
+class ForkParent(Program):
     """A process of :mod:`tests.programs.fork_parent` whose refresh was processed, and whose answer is held back."""
 
-    def __init__(self, scene: Scene, child: str) -> None:
+    def __init__(self, scene: ForkScene, child: str) -> None:
         self.fault = scene.network.fault("refresh", "late")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.fork_parent"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        order = {"store": scene.url, "options": scene.network.client_options(), "did": scene.did, "child": child}
-        self.say(json.dumps(order))
+        super().__init__("programs.fork_parent")
+        self.say(scene.setup | {"child": child})
         assert self.fault.fired.wait(SOON)
         self.say("fork")
         self.pids: dict[str, int] = self.hear()
 
-    def say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        print(line, file=self._process.stdin, flush=True)
-
-    def hear(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait(SOON)
+        self.process.kill()
+        self.process.wait(SOON)
 
-    def end(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.fault.disarm()
-        self._process.communicate(timeout=SOON)  # until the child has ended, too
-        self.status = self._process.returncode
+        self.close()  # until the child has ended, too
 
 
-@contextmanager
-def program(scene: Scene, child: str) -> Iterator[Program]:
-    running = Program(scene, child)
-    try:
-        yield running
-    finally:
-        running.end()
-
-
-def test_a_child_that_ends_as_programs_do_leaves_the_refresh_to_its_parent(scene: Scene) -> None:
+def test_a_child_that_ends_as_programs_do_leaves_the_refresh_to_its_parent(scene: ForkScene) -> None:
     """Garbage collection, exit handlers and the wait for threads included."""
-    with program(scene, "exit") as running:
+    with ForkParent(scene, "exit") as running:
         assert running.hear() == {"child ended": 0}
         assert not scene.lock_is_free()
         running.fault.disarm()
         assert running.hear() == {"of": "parent", "got": scene.stored().token_set.access_token}
-    assert running.status == 0
+    assert running.process.returncode == 0
     assert scene.network.rotations == 1
     assert scene.request() == 200
 
 
-def test_the_child_of_a_parent_that_was_killed_gets_the_lock(scene: Scene) -> None:
+def test_the_child_of_a_parent_that_was_killed_gets_the_lock(scene: ForkScene) -> None:
     """And finds what its parent has left: an answer that is lost."""
     token = scene.stored().token_set.refresh_token or ""
-    with program(scene, "refresh") as running:
+    with ForkParent(scene, "refresh") as running:
         running.kill()
         os.kill(running.pids["child"], 0)  # it lives
         assert scene.lock_is_free()
@@ -377,7 +284,7 @@ def test_the_child_of_a_parent_that_was_killed_gets_the_lock(scene: Scene) -> No
 # Connections and locks
 
 
-def test_no_connection_to_a_server_is_shared(scene: Scene) -> None:
+def test_no_connection_to_a_server_is_shared(scene: ForkScene) -> None:
     session = scene.client.restore(scene.did)
     assert session.get(GET_SESSION).status_code == 200
     ports = local_ports(scene.client)
@@ -413,7 +320,7 @@ def local_ports(client: OAuthClient) -> set[int]:
     return ports
 
 
-def test_an_answer_that_is_being_read_is_not_disturbed(scene: Scene) -> None:
+def test_an_answer_that_is_being_read_is_not_disturbed(scene: ForkScene) -> None:
     session = scene.client.restore(scene.did)
     fault = scene.network.fault("resource", "drip", interval=0.001, body_only=True)
     answer = session.get(GET_SESSION, stream=True)
@@ -431,11 +338,11 @@ def test_an_answer_that_is_being_read_is_not_disturbed(scene: Scene) -> None:
     assert json.loads(first + answer.raw.read())["did"] == scene.did
 
 
-def test_no_connection_to_the_database_crosses_a_fork(scene: Scene) -> None:
+def test_no_connection_to_the_database_crosses_a_fork(scene: ForkScene) -> None:
     scene.request()
 
     def work() -> tuple[list[str], int]:
-        inherited = open_files(scene.url)
+        inherited = open_files(scene.store)
         return inherited, scene.request()
 
     assert in_child(work) == ([], 200)
@@ -485,7 +392,7 @@ def open_files(url: str) -> list[str]:
     return found
 
 
-def test_parent_and_children_write_at_the_same_time(scene: Scene) -> None:
+def test_parent_and_children_write_at_the_same_time(scene: ForkScene) -> None:
     def write(connection: Connection, name: str) -> None:
         session = scene.stored()
         connection.send("ready")
@@ -562,7 +469,7 @@ def locks_in(root: object) -> list[Any]:
 # Many children
 
 
-def test_workers_that_were_forked_after_the_client_was_made(scene: Scene) -> None:
+def test_workers_that_were_forked_after_the_client_was_made(scene: ForkScene) -> None:
     """As those of a web server that loads the application first: 4 processes with 8 threads each, 20 times."""
     assert scene.request() == 200
 
@@ -591,7 +498,7 @@ def test_workers_that_were_forked_after_the_client_was_made(scene: Scene) -> Non
             child.end()
 
 
-def test_forks_of_a_parent_that_is_busy(scene: Scene) -> None:
+def test_forks_of_a_parent_that_is_busy(scene: ForkScene) -> None:
     """While its threads make requests and refresh, each new child does the same."""
     enough = threading.Event()
 
@@ -616,7 +523,7 @@ def test_forks_of_a_parent_that_is_busy(scene: Scene) -> None:
 # Chance
 
 
-def test_parent_and_children_draw_different_numbers(scene: Scene) -> None:
+def test_parent_and_children_draw_different_numbers(scene: ForkScene) -> None:
     """Whatever has to be unique, the secret number inside of every signature included: two signatures that share it
     give the private key away."""
     draw(scene.client, scene.did)  # so that every generator has a state to inherit

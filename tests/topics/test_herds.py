@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
 from ..crew import Crew
+from ..scenes import log_in, store_tokens, stored
 
 ROUNDS = 20
 
@@ -32,26 +32,19 @@ def network() -> Iterator[LocalNetwork]:
 def test_one_refresh_for_each_expiry_and_for_each_rejected_token(store: str, network: LocalNetwork) -> None:
     account = network.create_account()
     with OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options()) as client:
-        client.callback(network.authorize(client.authorize(account.did), account))
+        log_in(network, client, account)
         with Crew(store, account.did, network.client_options()) as crew:
             for round_ in range(ROUNDS):
                 network.expire_access_tokens(account.did)
-                stored = client.sessions.get_session(account.did, False)
+                token = stored(client, account.did).token_set.access_token
                 if round_ % 2:
                     # As the clock would have it: everybody finds the stored token expired, before any request.
-                    expire(client, account.did)
+                    store_tokens(client, account.did, expires_at=datetime.fromtimestamp(1, UTC))
                     tokens = crew.do("restore")
                 else:
                     crew.do("request")
-                    tokens = crew.do("rejected", rejected=stored.token_set.access_token)
+                    tokens = crew.do("rejected", rejected=token)
                 assert len(set(tokens)) == 1
                 assert network.rotations == round_ + 1
     assert set(network.refresh_token_uses.values()) == {1}
     assert network.replays == 0
-
-
-def expire(client: OAuthClient, did: str) -> None:
-    """Let the time of the stored access token have come, without its account being asked to log in again."""
-    session = client.sessions.get_session(did, False)
-    tokens = replace(session.token_set, expires_at=datetime.fromtimestamp(1, UTC))
-    assert client._store.replace(did, replace(session, token_set=tokens), session.token_set)

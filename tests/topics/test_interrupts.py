@@ -6,25 +6,23 @@ process goes on with them.
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
-from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import LocalNetwork
 
-from ..core import RESTLESS, SOON, Worker
-from ..crew import ROOT
+from ..core import SOON, Worker
+from ..processes import Program
+from ..scenes import GET_SESSION, Scene
 
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 #: How long a process is watched for ending before it may, in seconds. A library that lets it passes no test by luck:
 #: its process needs a few milliseconds to end.
 WATCHED = 0.25
@@ -32,25 +30,17 @@ WATCHED = 0.25
 BETWEEN = 0.05
 
 
-class Scene:
-    """An account that is logged in, in a store that processes share."""
+class InterruptScene(Scene):
+    """:ivar before: the tokens of the log-in."""
 
     def __init__(self, network: LocalNetwork, store: str) -> None:
-        self.network = network
-        self.store = store
-        account = network.create_account()
-        self.did = account.did
-        with self.client() as client:
-            client.callback(network.authorize(client.authorize(account.did), account))
-            self.before = client.sessions.get_session(self.did).token_set
-
-    def client(self) -> OAuthClient:
-        return OAuthClient(ClientMetadata.loopback(), store=self.store, times=RESTLESS, **self.network.client_options())
+        super().__init__(network, store)
+        self.before = self.stored().token_set
 
     def check_that_it_was_refreshed_once(self) -> None:
         """And that the next process goes on with what is stored: this one, which had no part in the refresh."""
         assert self.network.refresh_token_uses == {self.before.refresh_token: 1}
-        with self.client() as client:
+        with self.open_client() as client:
             stored = client.sessions.get_session(self.did, False)
             assert stored.attempt is None
             assert stored.token_set.refresh_token != self.before.refresh_token
@@ -62,52 +52,29 @@ class Scene:
         assert (self.network.replays, self.network.revocations) == (0, 0)
 
 
-class Program:
-    """A process of :mod:`tests.programs`, talked to line by line. Ended at the end of the block, if need be."""
+class Interrupted(Program):
+    """A process of :mod:`tests.programs`, ended at the end of the block or after ``bound`` seconds, if need be."""
 
     def __init__(
         self, scene: Scene, name: str, *arguments: str, is_measured: bool = True, bound: float = 2 * SOON, **setup: Any
     ) -> None:
-        hidden = () if is_measured else ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"tests.programs.{name}", *arguments],
-            env={name: value for name, value in os.environ.items() if name not in hidden},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        setup |= {"store": scene.store, "did": scene.did, "options": scene.network.client_options()}
-        self.say(json.dumps(setup))
-        self._bound = threading.Timer(bound, self._process.kill)
+        super().__init__(f"programs.{name}", *arguments, is_measured=is_measured, stderr=subprocess.PIPE)
+        self.say(scene.setup | setup)
+        self._bound = threading.Timer(bound, self.process.kill)
         self._bound.start()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.communicate()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
         self._bound.cancel()
 
-    def say(self, line: str = "go on") -> None:
-        assert self._process.stdin is not None
-        print(line, file=self._process.stdin, flush=True)
-
-    def hear(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"it ended: {self._process.communicate()[1]}"
-        return line.rstrip("\n")
-
     def strike(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        self.process.send_signal(number)
 
     def strike_until_it_says(self, number: signal.Signals, line: str) -> None:
         """Again and again, until it says so."""
-        heard = Worker(self.hear)
+        heard = Worker(self.hear_line)
         while heard.is_alive():
             self.strike(number)
             heard.join(BETWEEN)
@@ -115,12 +82,12 @@ class Program:
 
     def check_that_it_waits(self) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
-            self._process.wait(WATCHED)
+            self.process.wait(WATCHED)
 
     def end(self) -> tuple[int, str]:
         """Wait until it has ended by itself. Its return code, and what it wrote to standard error."""
-        errors = self._process.communicate(timeout=SOON)[1]
-        return self._process.returncode, errors
+        errors = self.process.communicate(timeout=SOON)[1]
+        return self.process.returncode, errors
 
 
 @pytest.fixture(params=["sqlite", "json"])
@@ -129,8 +96,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def scene(network: LocalNetwork, store: str) -> Scene:
-    return Scene(network, store)
+def scene(network: LocalNetwork, store: str) -> Iterator[InterruptScene]:
+    with closing(InterruptScene(network, store)) as scene:
+        yield scene
 
 
 @pytest.fixture
@@ -159,13 +127,13 @@ TAKES_A_NEW_THREAD = pytest.mark.skipif(
 @pytest.mark.parametrize("action", ["late", pytest.param("hold", marks=TAKES_A_NEW_THREAD)])
 @BY_A_SIGNAL
 def test_a_signal_that_ends_the_program(
-    number: signal.Signals, error: str, returned: int, action: str, scene: Scene
+    number: signal.Signals, error: str, returned: int, action: str, scene: InterruptScene
 ) -> None:
     fault = scene.network.fault("refresh", action)
-    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+    with Interrupted(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
         assert fault.fired.wait(SOON)
         program.strike(number)
-        assert program.hear() == error, "the caller is gone"
+        assert program.hear_line() == error, "the caller is gone"
         program.check_that_it_waits()
         fault.release.set()
         assert program.end()[0] == returned
@@ -174,16 +142,16 @@ def test_a_signal_that_ends_the_program(
 
 @BY_A_SIGNAL
 def test_signals_while_the_program_waits_for_its_end(
-    number: signal.Signals, error: str, returned: int, scene: Scene
+    number: signal.Signals, error: str, returned: int, scene: InterruptScene
 ) -> None:
     """Control-C, and again since nothing seems to happen. The first signal after the end of the main thread makes the
     interpreter wait for threads no longer, but call its exit handlers; from then on nothing but the library waits for
     the refresh."""
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+    with Interrupted(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
         assert fault.fired.wait(SOON)
         program.strike(number)
-        assert program.hear() == error
+        assert program.hear_line() == error
         program.strike_until_it_says(number, "at its end")
         for _ in range(3):
             program.check_that_it_waits()
@@ -194,17 +162,17 @@ def test_signals_while_the_program_waits_for_its_end(
     scene.check_that_it_was_refreshed_once()
 
 
-def test_a_signal_before_the_request_has_left(scene: Scene) -> None:
+def test_a_signal_before_the_request_has_left(scene: InterruptScene) -> None:
     """Whoever leaves as long as nothing is spent keeps it from being spent: nobody waits for it any more."""
     fault = scene.network.fault("plc", "hold")
-    with Program(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
+    with Interrupted(scene, "interrupt_refresh", "stopped_by_a_signal") as program:
         assert fault.fired.wait(SOON)
         program.strike(signal.SIGINT)
-        assert program.hear() == "KeyboardInterrupt"
+        assert program.hear_line() == "KeyboardInterrupt"
         fault.release.set()
         assert program.end()[0] == -signal.SIGINT
     assert scene.network.refresh_token_uses == {}
-    with scene.client() as client:
+    with scene.open_client() as client:
         stored = client.sessions.get_session(scene.did, False)
         assert (stored.token_set, stored.attempt) == (scene.before, None)
         assert client.restore(scene.did, refresh=True).get(GET_SESSION).status_code == 200
@@ -213,12 +181,12 @@ def test_a_signal_before_the_request_has_left(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("way", "returned"), [("exits_with_a_daemon_thread_waiting", 0), ("exits_with_a_thread_waiting", 3)]
 )
-def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
+def test_the_end_of_the_program(way: str, returned: int, scene: InterruptScene) -> None:
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "interrupt_refresh", way) as program:
+    with Interrupted(scene, "interrupt_refresh", way) as program:
         assert fault.fired.wait(SOON)
         program.say()
-        assert program.hear() == "leaving"
+        assert program.hear_line() == "leaving"
         program.check_that_it_waits()
         fault.release.set()
         assert program.end()[0] == returned
@@ -227,11 +195,11 @@ def test_the_end_of_the_program(way: str, returned: int, scene: Scene) -> None:
 
 @TAKES_A_NEW_THREAD
 @pytest.mark.parametrize("when", ["before", "struck"])
-def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene, when: str) -> None:
+def test_a_refresh_that_begins_when_the_program_is_ending(scene: InterruptScene, when: str) -> None:
     """In a daemon thread, which goes on while exit handlers are called: before the library's own it may begin, and is
     waited for, even if the library's own is struck by a signal at once."""
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "late_exit", when) as program:
+    with Interrupted(scene, "late_exit", when) as program:
         assert fault.fired.wait(SOON)
         program.say()
         program.check_that_it_waits()
@@ -242,25 +210,25 @@ def test_a_refresh_that_begins_when_the_program_is_ending(scene: Scene, when: st
     scene.check_that_it_was_refreshed_once()
 
 
-def test_a_refresh_that_would_begin_when_nobody_waits_for_it_any_more(scene: Scene) -> None:
+def test_a_refresh_that_would_begin_when_nobody_waits_for_it_any_more(scene: InterruptScene) -> None:
     scene.network.fault("refresh", "late")
-    with Program(scene, "late_exit", "after") as program:
-        assert program.hear().endswith("the program is ending")
+    with Interrupted(scene, "late_exit", "after") as program:
+        assert program.hear_line().endswith("the program is ending")
         assert program.end() == (0, "")
     scene.network.clear_faults()
     assert scene.network.refresh_token_uses == {}
-    with scene.client() as client:
+    with scene.open_client() as client:
         stored = client.sessions.get_session(scene.did, False)
         assert (stored.token_set, stored.attempt) == (scene.before, None)
         assert client.restore(scene.did, refresh=True).get(GET_SESSION).status_code == 200
 
 
-def test_a_thread_that_dies(scene: Scene) -> None:
+def test_a_thread_that_dies(scene: InterruptScene) -> None:
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "interrupt_refresh", "thread_dies") as program:
+    with Interrupted(scene, "interrupt_refresh", "thread_dies") as program:
         assert fault.fired.wait(SOON)
         program.say()
-        assert [program.hear(), program.hear()] == ["SystemExit", "dead"]
+        assert [program.hear_line(), program.hear_line()] == ["SystemExit", "dead"]
         program.check_that_it_waits()
         fault.release.set()
         assert program.end() == (0, "")
@@ -274,22 +242,22 @@ def test_a_thread_that_dies(scene: Scene) -> None:
     ("way", "error"),
     [("at_its_time_limit", "TimeLimit"), ("raised_in_a_thread", "TimeLimit"), ("cancelled", "CancelledError")],
 )
-def test_a_caller_that_is_called_away(way: str, error: str, scene: Scene) -> None:
+def test_a_caller_that_is_called_away(way: str, error: str, scene: InterruptScene) -> None:
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "interrupt_refresh", way) as program:
+    with Interrupted(scene, "interrupt_refresh", way) as program:
         assert fault.fired.wait(SOON)
         program.say()
-        assert program.hear() == error
+        assert program.hear_line() == error
         fault.release.set()
-        assert program.hear() == "used: 200"
+        assert program.hear_line() == "used: 200"
         assert program.end() == (0, "")
     scene.check_that_it_was_refreshed_once()
 
 
-def test_a_caller_whose_time_is_over(scene: Scene) -> None:
+def test_a_caller_whose_time_is_over(scene: InterruptScene) -> None:
     fault = scene.network.fault("refresh", "late")
-    with Program(scene, "interrupt_refresh", "out_of_time") as program:
-        while program.hear() == "LockTimeoutError" and not fault.fired.is_set():
+    with Interrupted(scene, "interrupt_refresh", "out_of_time") as program:
+        while program.hear_line() == "LockTimeoutError" and not fault.fired.is_set():
             program.say("again")
         program.say("enough")
         program.check_that_it_waits()
@@ -301,9 +269,9 @@ def test_a_caller_whose_time_is_over(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("way", "logged"), [("listener_fails", "a bug of the application's own"), ("listener_exits", "SystemExit: 1")]
 )
-def test_a_listener_that_raises(way: str, logged: str, scene: Scene) -> None:
-    with Program(scene, "interrupt_refresh", way) as program:
-        assert [program.hear() for _ in range(4)] == ["told", "told as well", "refreshed", "used: 200"]
+def test_a_listener_that_raises(way: str, logged: str, scene: InterruptScene) -> None:
+    with Interrupted(scene, "interrupt_refresh", way) as program:
+        assert [program.hear_line() for _ in range(4)] == ["told", "told as well", "refreshed", "used: 200"]
         returned, errors = program.end()
     assert returned == 0
     assert logged in errors
@@ -318,12 +286,12 @@ REFRESHES = 10
 
 
 def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
-    scene = Scene(quick_network, store)
+    scene = InterruptScene(quick_network, store)
     # The exceptions would strike what measures coverage as well, which has locks of its own.
     setup = {"seed": "burst", "times": STRIKES, "refreshes": REFRESHES}
-    with Program(scene, "interrupt_burst", is_measured=False, bound=5 * SOON, **setup) as program:
-        report = json.loads(program.hear())
-        with scene.client() as client:
+    with Interrupted(scene, "interrupt_burst", is_measured=False, bound=5 * SOON, **setup) as program:
+        report = program.hear()
+        with scene.open_client() as client:
             client.restore(scene.did, refresh=True)  # no lock is left taken: the process is still there
         program.say()
         assert program.end()[0] == 0
@@ -334,7 +302,7 @@ def test_a_burst_of_exceptions(quick_network: LocalNetwork, store: str) -> None:
     assert set(uses.values()) == {1}
     assert quick_network.rotations == len(uses) >= REFRESHES
     assert (quick_network.replays, quick_network.revocations) == (0, 0)
-    with scene.client() as client:
+    with scene.open_client() as client:
         stored = client.sessions.get_session(scene.did)
         assert stored.attempt is None
         assert client.restore(scene.did).get(GET_SESSION).status_code == 200

@@ -18,9 +18,10 @@ from atproto_session import ClientMetadata, Keyset, OAuthClient, Session, Sessio
 from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import LocalNetwork
 
+from ..scenes import GET_SESSION
+
 CLIENT_ID = "https://app.example.com/client-metadata.json"
 REDIRECT_URI = "https://app.example.com/callback"
-GET_SESSION = "/xrpc/com.atproto.server.getSession"
 
 JWK = generate_jwk()
 
