@@ -184,13 +184,7 @@ class OAuthClient:
         }
         _check_texts(account=account)
         given = {"state": state, "bound_to": bound_to, **options}
-        _check_texts(
-            **{
-                name: text
-                for name, text in {**options, "state": state, "bound_to": bound_to}.items()
-                if text is not None
-            }
-        )
+        _check_texts(**{name: value for name, value in given.items() if value is not None})
         return self._within(timeout, "the log-in", lambda flight: self._logins.begin(account, options, state, bound_to))
 
     def callback(

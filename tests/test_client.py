@@ -29,13 +29,14 @@ from atproto_session import (
     SessionUpdatedEvent,
     StoreError,
     TokenInvalidError,
+    TokenRefreshError,
     TokenRevokedError,
     TransportError,
 )
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from .core import SOON, Worker, wait_until
-from .scenes import ECHO, GET_SESSION
+from .scenes import ECHO, GET_SESSION, log_in
 
 
 def params_of(url: str) -> dict[str, str]:
@@ -162,10 +163,41 @@ def test_an_account_that_the_server_does_not_speak_for(
 def test_an_account_that_cannot_be_verified(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     callback = network.authorize(client.authorize(account.did), account)
     network.fault("plc", "status", status=500, times=None)
-    with pytest.raises(IdentityError):
+    with pytest.raises(IdentityError) as caught:
         client.callback(callback)
-    assert network.revocations == 1
+    assert caught.value.retryable, "nothing was spent"
     assert list(client._store) == []
+    network.clear_faults()
+    assert client.callback(callback).session.did == account.did
+
+
+def test_a_session_belongs_to_the_client_that_got_it(network: LocalNetwork, account: Account, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/sessions.db"
+    one = OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options())
+    other = OAuthClient(
+        ClientMetadata.loopback(scope="atproto transition:generic"), store=store, **network.client_options()
+    )
+    with one, other:
+        log_in(network, one, account)
+        for use in (other.restore, other.revoke, lambda did: other.restore(did, refresh=True)):
+            with pytest.raises(TokenRefreshError, match="log in again") as caught:
+                use(account.did)
+            assert caught.value.login_required
+            assert one.metadata.client_id in str(caught.value)
+            assert other.metadata.client_id in str(caught.value)
+        assert caught.value.did == account.did
+        one.restore(account.did, refresh=True)
+        assert (network.rotations, network.replays, network.revocations) == (1, 0, 0)
+        log_in(network, other, account)
+        assert network.revocations == 0, "another client's grant is its own"
+
+
+@pytest.mark.parametrize("argument", [None, b"alice.test", 1])
+def test_arguments_that_are_no_strings(client: OAuthClient, argument: Any) -> None:
+    with pytest.raises(TypeError, match="account is a string"):
+        client.authorize(argument)
+    with pytest.raises(TypeError, match="takes the parameters"):
+        client.callback(argument)
 
 
 @pytest.mark.duty(32)

@@ -131,7 +131,7 @@ def test_nothing_of_a_whole_life_is_readable(
     put = client._store.logins.put
 
     def spy(state: str, document: dict[str, Any], expires_at: float) -> None:
-        secrets.extend((document["verifier"], document["dpopJwk"]["d"], document["issuer"], document["state"]))
+        secrets.extend((document["verifier"], document["dpop_key"]["d"], document["issuer"], document["state"]))
         put(state, document, expires_at)
 
     monkeypatch.setattr(client._store.logins, "put", spy)
