@@ -70,7 +70,7 @@ def test_a_log_in_that_another_comes_before_looks_again() -> None:
 def test_a_log_out_of_another_clients_session_is_refused() -> None:
     session = make_session(client_id="another")
     world = World(session)
-    with pytest.raises(TokenRefreshError, match="another.*me"):
+    with pytest.raises(TokenRefreshError, match=r"another.*me"):
         carry_out(world, log_out(DID, OVER, "me", revoke=True))
     assert world.record == session
 
