@@ -174,8 +174,11 @@ class SessionGetter:
     def _fly(self, sub: str, wanted: Wanted, deadline: float, cancel: threading.Event | None) -> Session:
         """The result of the refresh that is under way, or of a new one. Those who wait share it, its failure too."""
 
+        # A flight outlives callers who are in a hurry, and is of use to those who are not.
+        world = replace(self._world, lock_within=max(self._timeout, deadline - time.monotonic()))
+
         def work(flight: Flight[Session]) -> Session:
-            return drive(flight, self._protocol(sub, wanted, self._terms).run(), self._world)
+            return drive(flight, self._protocol(sub, wanted, self._terms).run(), world)
 
         while True:
             flight, is_mine = self._flights.board(sub, work, deadline=deadline, group=wanted.seen.token_set.iss)

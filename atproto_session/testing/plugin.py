@@ -24,12 +24,15 @@ def atproto_network() -> Iterator[LocalNetwork]:
 
 @pytest.fixture
 def atproto_client(atproto_network: LocalNetwork) -> Iterator[OAuthClient]:
-    """An :class:`.OAuthClient` on that network, which keeps its sessions in memory."""
+    """An :class:`.OAuthClient` on that network, which keeps its sessions in memory. After a refresh that failed, it asks
+    the server again at once."""
     from ..client import OAuthClient
     from ..metadata import ClientMetadata
+    from ..terms import Times
 
     metadata = ClientMetadata.loopback(scope="atproto transition:generic")
-    with OAuthClient(metadata, store="memory:", **atproto_network.client_options()) as client:
+    times = Times(first_rest=0.0, longest_rest=0.0)
+    with OAuthClient(metadata, store="memory:", times=times, **atproto_network.client_options()) as client:
         yield client
 
 

@@ -208,11 +208,11 @@ class Scene:
         return present(self.stored)
 
     def go_to_browser(self, client: OAuthClient) -> str:
-        return self.network.authorize(client.authorize(self.did), self.account)
+        return self.network.authorize(client.authorize(self.did, timeout=SOON), self.account)
 
     def come_back(self, client: OAuthClient, callback: str, session_id: str | None = None) -> Session:
         """End a log-in and return what it stored, whatever is stored now."""
-        client.callback(callback, session_id=session_id)
+        client.callback(callback, session_id=session_id, timeout=SOON)
         # Not what a listener was told last: listeners are told after the lock is released, in any order.
         return self._stores[client].logged_in
 

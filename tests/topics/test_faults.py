@@ -40,6 +40,7 @@ from atproto_session import (
     TokenRefreshError,
     TransportError,
 )
+from atproto_session.terms import Times
 from atproto_session.testing.network import LocalNetwork, Response
 
 from ..core import RESTLESS, SOON, Worker, an_answer_within, wait_until
@@ -568,8 +569,8 @@ def test_retry_after_of_a_gateway_that_may_have_cut_off_an_answer(stage: Stage) 
     """Everybody waits until then, and the doubt outlives the waiting."""
     headers = {"Retry-After": "120"}
     fault = stage.network.fault("refresh", "status", status=503, headers=headers, processed=True)
-    with pytest.raises(OAuthResponseError) as caught:
-        stage.refresh()
+    with stage.another_worker(times=Times()) as worker, pytest.raises(OAuthResponseError) as caught:
+        worker.restore(stage.did, refresh=True)
     assert (caught.value.status, caught.value.retryable, caught.value.retry_after) == (503, True, 120)
     left = stage.stored
     assert left is not None
@@ -779,6 +780,7 @@ class Lane(threading.Thread):
     def __init__(self, number: int, store: str, faults: int) -> None:
         super().__init__(name=f"lane {number}", daemon=True)
         self._random = random.Random(f"lane {number}")
+        self._not_yet = [name for position, name in enumerate(MATRIX) if position % LANES == number]
         self._store = store
         self._faults = faults
         self.injected: Counter[str] = Counter()
@@ -794,8 +796,8 @@ class Lane(threading.Thread):
                 self._network = network
                 options = {"store": self._store, **network.client_options()}
                 with (
-                    OAuthClient(ClientMetadata.loopback(), **options) as one,
-                    OAuthClient(ClientMetadata.loopback(), **options) as two,
+                    OAuthClient(ClientMetadata.loopback(), times=RESTLESS, **options) as one,
+                    OAuthClient(ClientMetadata.loopback(), times=RESTLESS, **options) as two,
                 ):
                     self._workers = (one, two)
                     self._run()
@@ -819,6 +821,8 @@ class Lane(threading.Thread):
         """Let up to three things go wrong while three callers want new tokens. Whether the session outlives it."""
         before = self._workers[0].sessions.get_session(did, False)
         names = self._random.choices(list(MATRIX), list(MATRIX.values()), k=self._random.randint(1, 3))
+        if self._not_yet:  # so that each happens, whatever chance brings
+            names[0] = self._not_yet[-1]
         faults = [(name, CASES[name].happen(self._network)) for name in names]
         for client in self._workers:
             forget_metadata(client, before.token_set.iss)
@@ -830,6 +834,7 @@ class Lane(threading.Thread):
         self._network.clear_faults()
         happened = [CASES[name] for name, fault in faults if fault.count]
         self.injected.update({name: fault.count for name, fault in faults})
+        self._not_yet = [name for name in self._not_yet if not self.injected[name]]
         return self._check(did, before, happened)
 
     def _caller(self, client: OAuthClient, did: str, **options: Any) -> Callable[[], None]:
