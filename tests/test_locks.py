@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,15 +15,19 @@ import pytest
 
 from atproto_session.errors import CancelledError, LockTimeoutError, StoreError
 from atproto_session.locks import FileLocks, LockKind, Locks, ThreadLocks
-from atproto_session.testing.contracts import LocksContract, SharedLocksContract
+from atproto_session.testing.contracts import HOSTILE_KEYS, LocksContract, SharedLocksContract
 
 
 class TestThreadLocks(LocksContract):
+    names = HOSTILE_KEYS
+
     def make_locks(self, tmp_path: Path) -> Locks:
         return ThreadLocks()
 
 
 class TestFileLocks(SharedLocksContract):
+    names = HOSTILE_KEYS
+
     def opener(self, tmp_path: Path) -> Callable[[], Locks]:
         return partial(FileLocks, tmp_path / "locks")
 
@@ -38,6 +43,10 @@ class TestFewFileLocks(SharedLocksContract):
             pass
 
 
+def lock_files(directory: Path) -> list[Path]:
+    return list(directory.glob("??/*.lock"))
+
+
 def test_thread_locks_say_whether_another_process_can_reach_what_they_lock() -> None:
     assert ThreadLocks().kind is LockKind.PROCESS
     assert ThreadLocks(LockKind.HOLDER).kind is LockKind.HOLDER
@@ -47,8 +56,8 @@ def test_thread_locks_are_kept_only_while_they_are_used() -> None:
     locks = ThreadLocks()
     for number in range(100):
         with locks.hold(str(number), timeout=0):
-            assert len(locks._locks) == 1
-    assert len(locks._locks) == 0
+            assert len(locks._lines) == 1
+    assert len(locks._lines) == 0
 
 
 def test_the_files_are_bounded_private_and_never_deleted(tmp_path: Path) -> None:
@@ -60,18 +69,15 @@ def test_the_files_are_bounded_private_and_never_deleted(tmp_path: Path) -> None
                 pass
     finally:
         os.umask(old)
-    files = list((tmp_path / "locks").iterdir())
-    assert len(files) == 4
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-    assert (tmp_path / "locks").stat().st_mode & 0o777 == 0o700
+    assert len(lock_files(tmp_path / "locks")) == 4
+    for path in [tmp_path / "locks", *(tmp_path / "locks").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_a_deleted_directory_is_made_again(tmp_path: Path) -> None:
     locks = FileLocks(tmp_path / "locks")
     with locks.hold("did", timeout=0) as hold:
-        for file in (tmp_path / "locks").iterdir():
-            file.unlink()
-        (tmp_path / "locks").rmdir()
+        shutil.rmtree(tmp_path / "locks")
         assert not hold.extend(1.0)
     with locks.hold("did", timeout=0) as hold:
         assert hold.extend(1.0)
@@ -80,7 +86,7 @@ def test_a_deleted_directory_is_made_again(tmp_path: Path) -> None:
 def test_a_replaced_file_ends_the_hold(tmp_path: Path) -> None:
     locks = FileLocks(tmp_path / "locks")
     with locks.hold("did", timeout=0) as hold:
-        (file,) = (tmp_path / "locks").iterdir()
+        (file,) = lock_files(tmp_path / "locks")
         file.rename(tmp_path / "moved")
         assert not hold.extend(1.0)
         with FileLocks(tmp_path / "locks").hold("did", timeout=0) as second:
