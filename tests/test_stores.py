@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from cryptography.fernet import Fernet
@@ -39,6 +39,7 @@ from atproto_session.stores import (
     complete,
     is_safe_between_processes,
     jsonfile,
+    memory,
     open_store,
     rotate_encryption,
 )
@@ -46,7 +47,8 @@ from atproto_session.stores.codec import Codec
 from atproto_session.stores.memory import MemoryLogins
 from atproto_session.testing.contracts import DID, HOSTILE_KEYS, SharedStoreContract, StoreContract, make_session
 
-from .core import PlainStore
+from .core import PlainStore, Worker
+from .striking import Round, fail, strike_everywhere
 
 KEY, NEW_KEY = Fernet.generate_key(), Fernet.generate_key()
 LATER, EARLIER = 4e9, 1e9
@@ -164,12 +166,13 @@ def test_a_store_of_ones_own_that_has_everything_and_says_so_is_left_as_it_is() 
         locks = ThreadLocks()
         logins = MemoryLogins()
 
-        def nothing(self, *arguments: object) -> Any: ...
+        def nothing(self, *arguments: object) -> None:
+            """Is enough here."""
 
         get = set = delete = replace = clear = close = __iter__ = nothing
 
-    own: Any = Own()
-    assert complete(own) is own
+    own = Own()
+    assert complete(own) is own  # type: ignore[comparison-overlap]
     for missing in ("locks", "logins", "replace", "raises_only_session_errors"):
         less: Any = type("Less", (Own,), {missing: None})()
         assert complete(less) is not less
@@ -195,7 +198,8 @@ def test_it_is_told_what_is_safe_between_processes(tmp_path: Path) -> None:
         locks = FileLocks(tmp_path / "locks")
 
     files, threads = FileLocks(tmp_path / "locks"), ThreadLocks()
-    for own in ({}, PlainStore()):
+    owns: list[Any] = [{}, PlainStore()]
+    for own in owns:
         assert not is_safe_between_processes(complete(own))
         assert not is_safe_between_processes(complete(own), threads)
         assert is_safe_between_processes(complete(own), files)
@@ -439,7 +443,7 @@ def test_open_store_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     relative, absolute = open_store("json:///dir/sub"), open_store(f"json:///{tmp_path}/dir/sub")
     assert repr(relative) == repr(absolute) == f"JSONStore({str(tmp_path / 'dir' / 'sub')!r})"
     with (
-        closing(open_store("sqlite:///a b%20#?.db")) as relative,
+        closing(open_store("sqlite:///a b%20#?.db", encryption_keys=KEY)) as relative,
         closing(open_store(f"SQLITE:///{tmp_path}/a b%20#?.db", encryption_keys=KEY)) as absolute,
     ):
         assert repr(relative) == repr(absolute) == f"SQLiteStore({str(tmp_path / 'a b%20#?.db')!r})"
@@ -448,7 +452,7 @@ def test_open_store_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "a b%20#?.db").is_file()
 
 
-@pytest.mark.parametrize("url", ["", "sessions.db", "ftp://user:hunter2@host", "/var/db", "nothing\n:x"])
+@pytest.mark.parametrize("url", ["ftp://user:hunter2@host", "nothing\n:x", "redis://:hunter2@host"])
 def test_an_unknown_scheme_lists_the_known_ones_and_no_password(url: str) -> None:
     with pytest.raises(StoreError, match=r"known are memory:, json:///directory and sqlite:///file.db") as caught:
         open_store(url)
@@ -456,10 +460,129 @@ def test_an_unknown_scheme_lists_the_known_ones_and_no_password(url: str) -> Non
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("url", ["", "sessions.db", "/var/db", "~/sessions.db", ":///x"])
+def test_a_url_without_a_scheme(url: str) -> None:
+    with pytest.raises(StoreError, match=r"begins with a scheme: sqlite:///sessions.db is a file"):
+        open_store(url)
+
+
 @pytest.mark.parametrize("url", ["json:", "json://", "json:///", "json://dir", "sqlite:file.db", "sqlite:///"])
 def test_a_url_without_a_path(url: str) -> None:
     with pytest.raises(StoreError, match=r":///relative/path or (json|sqlite):////absolute/path"):
         open_store(url)
+
+
+def test_memory_has_nothing_behind_it() -> None:
+    with pytest.raises(StoreError, match="nothing behind it"):
+        open_store("memory:///sessions")
+
+
+@pytest.mark.parametrize("url", [None, b"sqlite:///x.db", Path("x.db"), ["sqlite:///x.db"], 7, MemoryStore])
+def test_a_url_that_is_no_text_is_an_error_that_says_what_is(url: Any) -> None:
+    with pytest.raises(
+        StoreError, match=rf"text, such as sqlite:///sessions.db, not {type(url).__name__}; SQLiteStore"
+    ):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (None, "not as NoneType"),
+        (b"place", "not as bytes"),
+        (["place"], "not as list"),
+        ("~/place", r"begins with ~.*os\.path\.expanduser"),
+        (Path("~/place"), r"begins with ~"),
+        ("pla\0ce", "no character U"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("make", [JSONStore, SQLiteStore, FileLocks])
+def test_a_path_that_is_none_is_an_error_that_says_what_is(
+    make: Callable[[Any], object], path: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=rf"(JSON store|SQLite store|locks) .*{told}"):
+        make(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_a_home_directory_in_a_url_is_written_out(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="begins with ~"):
+        open_store(f"{scheme}:///~/place")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_json_store_needs_a_path() -> None:
+    with pytest.raises(StoreError, match="not empty"):
+        JSONStore("")
+
+
+@pytest.mark.parametrize("keys", [None, 7, object()])
+def test_encryption_keys_that_are_no_list_are_an_error(keys: Any, tmp_path: Path) -> None:
+    """Nor are they none: a setting that is missing must not switch encryption off."""
+    for open_ in (JSONStore, SQLiteStore, lambda path, **options: open_store(f"json:///{path}", **options)):
+        with pytest.raises(StoreError, match=f"encryption_keys is a list.*not {type(keys).__name__}"):
+            open_(tmp_path / "place", encryption_keys=keys)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Schemes of other packages
+
+
+BACKEND = """
+from atproto_session import MemoryStore
+
+class Backend(MemoryStore):
+    @classmethod
+    def from_url(cls, url, **options):
+        store = cls()
+        store.opened = url, options
+        return store
+"""
+
+
+def install(directory: Path, monkeypatch: pytest.MonkeyPatch, entry: str, module: str) -> None:
+    """A package that brings a scheme, as pip would have left it."""
+    (directory / "other_store.py").write_text(module)
+    (directory / "other_store-1.0.dist-info").mkdir()
+    (directory / "other_store-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: other-store\n")
+    (directory / "other_store-1.0.dist-info" / "entry_points.txt").write_text(f"[atproto_session.stores]\n{entry}\n")
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.delitem(sys.modules, "other_store", raising=False)
+
+
+def test_other_packages_bring_schemes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "other = other_store:Backend", BACKEND)
+    url = "Other+tls://user:secret@host/x?y"
+    store: Any = open_store(url, encryption_keys=[KEY])
+    assert isinstance(store, MemoryStore)
+    assert store.opened == (url, {"encryption_keys": [KEY], "allow_plaintext": False})  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="known are other, memory:"):
+        open_store("another:x")
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "other = other_store:Backend [fast,tls]", "import no_such_package")
+    with pytest.raises(StoreError, match=r"no_such_package.*: pip install 'other-store\[fast,tls\]'") as caught:
+        open_store("other://user:hunter2@host")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_package_that_does_not_have_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "other = other_store:Nothing", BACKEND)
+    with pytest.raises(StoreError, match="install what other-store needs"):
+        open_store("other:x")
+
+
+def test_nobody_takes_over_a_scheme_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "sqlite = other_store:Backend", BACKEND)
+    with closing(open_store(f"sqlite:///{tmp_path}/sessions.db")) as store:
+        assert isinstance(store, SQLiteStore)
 
 
 def test_an_unusable_place_is_an_error_at_once(tmp_path: Path) -> None:
@@ -515,6 +638,160 @@ def test_the_memory_store_forgets_what_was_not_used_for_longest() -> None:
     for useless in (0, -1):
         with pytest.raises(ValueError, match="max_entries"):
             MemoryStore[int](useless)
+
+
+def test_a_sweep_is_rare_and_log_ins_in_memory_are_bounded() -> None:
+    logins = MemoryLogins(most=1000)
+    sweeps: list[int] = []
+    sweep = logins._sweep
+
+    def counted() -> None:
+        sweeps.append(len(logins._pending))
+        sweep()
+
+    logins._sweep = counted  # type: ignore[method-assign]
+    for number in range(5000):
+        logins.put(f"old-{number}", {}, EARLIER)
+        assert len(logins._pending) <= 64
+    sweeps.clear()
+    for number in range(5000):
+        logins.put(f"new-{number}", {"number": number}, LATER)
+    assert len(logins._pending) == 1000
+    assert logins.take("new-3999") is None
+    assert logins.take("new-4000") == {"number": 4000}
+    assert len(sweeps) < 10
+
+
+def test_log_ins_that_go_while_the_oldest_is_looked_for() -> None:
+    class Pending(dict[str, Any]):
+        """As if another thread had changed it between the two steps."""
+
+        failures: ClassVar[list[type[Exception]]] = [RuntimeError, StopIteration]
+
+        def __iter__(self) -> Iterator[str]:
+            if self.failures:
+                raise self.failures.pop()
+            return super().__iter__()
+
+    logins = MemoryLogins(most=1)
+    logins._pending = Pending()
+    logins.put("first", {}, LATER)
+    logins.put("second", {}, LATER)
+    assert (logins.take("first"), logins.take("second")) == (None, {})
+
+
+OLD, NEW, OTHER = make_session("old"), make_session("new"), make_session("other")
+
+
+def memory_store(max_entries: int | None) -> MemoryStore[Session]:
+    store = MemoryStore[Session](max_entries)
+    store.set("first", make_session("first"))
+    store.set(DID, OLD)
+    return store
+
+
+@pytest.mark.parametrize("max_entries", [None, 2])
+class TestReentry:
+    """The handler of a signal, or a ``__del__``, uses the store in the middle of any of its steps."""
+
+    def test_a_write_in_the_middle_of_a_comparison_is_not_lost(self, max_entries: int | None) -> None:
+        outcomes = set()
+
+        def begin() -> Round:
+            store = memory_store(max_entries)
+
+            def check() -> None:
+                # It came before the comparison, which failed then, or after the write, which it has replaced.
+                assert store.get(DID) == OTHER
+
+            return (
+                lambda: outcomes.add(store.replace(DID, NEW, OLD)),
+                lambda: store.set(DID, OTHER),
+                check,
+            )
+
+        assert strike_everywhere(begin, in_module=memory) > 50
+        assert outcomes == {True, False}
+
+    def test_of_two_comparisons_one_within_the_other_one_succeeds(self, max_entries: int | None) -> None:
+        def begin() -> Round:
+            store = memory_store(max_entries)
+            won: dict[str, bool] = {}
+
+            def replace_by(name: str, session: Session) -> None:
+                won[name] = store.replace(DID, session, OLD)
+
+            def check() -> None:
+                assert sorted(won.values()) == [False, True]
+                assert store.get(DID) == (NEW if won["new"] else OTHER)
+
+            return partial(replace_by, "new", NEW), partial(replace_by, "other", OTHER), check
+
+        strike_everywhere(begin, in_module=memory)
+
+    @pytest.mark.parametrize("what", ["set", "delete", "clear", "get", "insert"])
+    def test_a_handler_that_waits_for_another_thread_is_not_kept_waiting(
+        self, max_entries: int | None, what: str
+    ) -> None:
+        """As one that closes the client, which waits for a flight that stores what it has fetched."""
+
+        def begin() -> Round:
+            store = memory_store(max_entries)
+            acts: dict[str, Callable[[], object]] = {
+                "set": partial(store.set, DID, NEW),
+                "delete": partial(store.delete, DID),
+                "clear": store.clear,
+                "get": partial(store.get, DID),
+                "insert": partial(store.set, "another", NEW),
+            }
+
+            def use() -> None:
+                store.set("second", OTHER)
+                store.get(DID)
+                list(store)
+
+            def elsewhere() -> None:
+                Worker(use).outcome()
+
+            def check() -> None:
+                assert len(list(store)) <= (max_entries or 4)
+                store.set(DID, NEW)
+                assert store.get(DID) == NEW
+
+            return acts[what], elsewhere, check
+
+        strike_everywhere(begin, in_module=memory)
+
+    def test_an_exception_at_any_step_leaves_the_old_or_the_new(self, max_entries: int | None) -> None:
+        def begin() -> Round:
+            store = memory_store(max_entries)
+
+            def check() -> None:
+                stored = store.get(DID)
+                assert stored in (OLD, NEW)
+                assert store.replace(DID, OTHER, stored)
+                assert store.get(DID) == OTHER
+
+            return partial(store.replace, DID, NEW, OLD), fail, check
+
+        strike_everywhere(begin, in_module=memory)
+
+    def test_a_log_in_is_taken_once(self, max_entries: int | None) -> None:
+        def begin() -> Round:
+            logins = MemoryStore[Session](max_entries).logins
+            logins.put("state", {}, LATER)
+            taken: list[object] = []
+
+            def take() -> None:
+                logins.put("another", {}, LATER)
+                taken.append(logins.take("state"))
+
+            def check() -> None:
+                assert sorted(taken, key=repr) == [None, {}] or taken == [{}, None]
+
+            return take, take, check
+
+        strike_everywhere(begin, in_module=memory)
 
 
 # Records

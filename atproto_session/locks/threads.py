@@ -64,6 +64,8 @@ class _Turn:
     """A place in the line of one lock. It is written as a class, since a generator leaves an instant between taking the
     lock and the block that gives it back."""
 
+    _line: _Line | None = None
+
     def __init__(
         self,
         lines: dict[str, _Line],
@@ -77,13 +79,11 @@ class _Turn:
         self._timeout = timeout
         self._cancel = cancel
         self._hold = hold
-        self._line: _Line = []
         self._call: SimpleQueue[None] = SimpleQueue()
 
     def __enter__(self) -> ThreadHold:
         deadline = time.monotonic() + self._timeout
         try:
-            self._join()
             self._check_cancel()
             while not self._is_first():
                 self._wait(deadline)
@@ -103,17 +103,19 @@ class _Turn:
         # A signal's handler may have raised before the first line of __exit__.
         self._leave()
 
-    def _join(self) -> None:
-        self._line = self._lines.setdefault(self._name, [])
-        self._line.append(self._call)
+    def _join(self) -> _Line:
+        self._line = line = self._lines.setdefault(self._name, [])
+        line.append(self._call)
+        return line
 
     def _is_first(self) -> bool:
-        while self._line[0] is self._call:
+        line = self._line or self._join()
+        while line[0] is self._call:
             # The line may have been closed between the two steps of _join. Only its first one closes it.
-            if self._lines.get(self._name) is self._line:
+            if self._lines.get(self._name) is line:
                 return True
             self._leave()
-            self._join()
+            line = self._join()
         return False
 
     def _check_cancel(self) -> None:
@@ -128,10 +130,10 @@ class _Turn:
             self._call.get(timeout=min(left, _LONG_SLICE if self._cancel is None else _SLICE))
 
     def _leave(self) -> None:
-        self._hold.held = False
         line = self._line
-        if self._call not in line:
+        if line is None or self._call not in line:
             return
+        self._hold.held = False
         if len(line) == 1 and self._lines.get(self._name) is line:
             # Closed before it is left, so that it is the lock's holder who closes it. Who joins it just now finds that.
             self._lines.pop(self._name, None)
