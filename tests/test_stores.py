@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -42,16 +43,18 @@ from atproto_session.stores import (
     memory,
     open_store,
     rotate_encryption,
+    sqlite,
 )
 from atproto_session.stores.codec import Codec
 from atproto_session.stores.memory import MemoryLogins
 from atproto_session.testing.contracts import DID, HOSTILE_KEYS, SharedStoreContract, StoreContract, make_session
 
 from .core import PlainStore, Worker
-from .striking import Round, fail, strike_everywhere
+from .striking import Round, fail, give_away, strike_everywhere
 
 KEY, NEW_KEY = Fernet.generate_key(), Fernet.generate_key()
 LATER, EARLIER = 4e9, 1e9
+ROOT = Path(__file__).parent.parent
 
 
 def damage_json(directory: Path) -> None:
@@ -828,6 +831,257 @@ def test_keys_rotate_without_downtime(opened: Callable[..., FullStore], tmp_path
         old.get(DID)
 
 
+def test_what_is_not_encrypted_is_refused_beside_keys(opened: Callable[..., FullStore]) -> None:
+    """Whoever may write to the place could have put it there."""
+    plain, store = opened(), opened(KEY)
+    plain.set(DID, make_session())
+    plain.set("x" * 300, make_session())
+    for state in ("state", "another"):
+        plain.logins.put(state, {"verifier": "v"}, LATER)
+    told = r"not encrypted, and there are encryption_keys.*allow_plaintext=True and call rotate_encryption\(store\)"
+    for failing in (
+        lambda: store.get(DID),
+        lambda: store.replace(DID, make_session("2"), make_session()),
+        lambda: store.replace(DID, make_session("2"), None),
+        lambda: store.replace(DID, None, make_session().token_set),
+        lambda: store.logins.take("state"),
+        lambda: rotate_encryption(store),
+    ):
+        with pytest.raises(StoreError, match=told) as caught:
+            failing()
+        assert not caught.value.login_required
+    migrating = opened(KEY, allow_plaintext=True)
+    assert migrating.get(DID) == make_session()
+    assert migrating.logins.take("state") == {"verifier": "v"}
+    assert rotate_encryption(migrating) == 2
+    assert store.get(DID) == make_session()
+    with pytest.raises(StoreError, match="there are no encryption_keys"):
+        plain.get(DID)
+    with pytest.raises(StoreError, match=told):
+        store.logins.take("another")  # log-ins end within the hour
+
+
+def test_plaintext_can_be_replaced_and_deleted_whatever_it_is(opened: Callable[..., FullStore]) -> None:
+    plain, store = opened(), opened(KEY)
+    for key in (DID, "other"):
+        plain.set(key, make_session())
+    store.set(DID, make_session("2"))
+    store.delete("other")
+    assert store.get(DID) == make_session("2")
+    assert store.get("other") is None
+
+
+# Traces
+
+
+def session_with(secret: str, key: str = DID) -> Session:
+    session = make_session(f"{secret}-token", key=key)
+    return replace(session, dpop_key={**session.dpop_key, "d": f"{secret}-key"})
+
+
+@pytest.fixture
+def careless_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of SQLite differ in whether they overwrite what is deleted if nobody asks."""
+    connect = sqlite3.connect
+
+    def careless(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **options)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", careless)
+
+
+@pytest.mark.usefixtures("careless_sqlite")
+@pytest.mark.parametrize("how", ["rotate", "delete", "replace", "clear"])
+def test_nothing_is_left_of_what_is_gone(opened: Callable[..., FullStore], tmp_path: Path, how: str) -> None:
+    """With a worker that has the store open, and so many records that they fill many pages."""
+    keys = [f"{DID}#{number}" for number in range(200)]
+    worker = opened()
+    for key in keys:
+        worker.set(key, session_with("first", key))
+        worker.set(key, session_with("second", key))
+    store = opened(KEY, allow_plaintext=True) if how == "rotate" else opened()
+    assert worker.get(DID + "#0") is not None
+    if how == "rotate":
+        assert rotate_encryption(store) == len(keys)
+    elif how == "clear":
+        store.clear()
+    else:
+        for key in keys:
+            if how == "delete":
+                store.delete(key)
+            else:
+                assert store.replace(key, None, session_with("second", key))
+    found = everything_in(tmp_path)
+    assert [
+        secret for secret in ("first-token", "first-key", "second-token", "second-key") if secret.encode() in found
+    ] == []
+    assert len(list(store)) == (len(keys) if how == "rotate" else 0)
+
+
+@pytest.mark.usefixtures("careless_sqlite")
+@pytest.mark.parametrize("kind", ["json", "sqlite"])
+def test_nothing_is_left_of_a_writer_that_was_killed(tmp_path: Path, kind: str) -> None:
+    """Neither what it had stored, once that is deleted, nor what it had begun to write."""
+    url = f"{kind}:///{tmp_path}/store/place"
+    with closing(open_store(url)) as survivor:
+        survivor.set(DID, session_with("first"))
+        writer = subprocess.Popen(
+            [sys.executable, "-m", "tests.programs.killed_writer", url], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert writer.stdout is not None
+        with writer, writer.stdout:
+            assert writer.stdout.readline() == "in the middle\n"
+            writer.kill()
+        assert b"begun-token" in everything_in(tmp_path), "there is something to find"
+        assert survivor.get(DID) == session_with("second")
+    with closing(open_store(url)) as store:
+        assert store.get(DID) == session_with("second")
+        found = everything_in(tmp_path)
+        assert [secret for secret in (b"begun-token", b"begun-key") if secret in found] == []
+        store.delete(DID)
+        found = everything_in(tmp_path)
+        assert [
+            secret for secret in (b"first-token", b"first-key", b"second-token", b"second-key") if secret in found
+        ] == []
+
+
+def test_a_log_that_somebody_reads_keeps_no_record_from_being_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_LOG_WITHIN", 0.0)
+    path = tmp_path / "sessions.db"
+    with (
+        closing(SQLiteStore(path, busy_timeout=0.0)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as reader,
+    ):
+        store.set(DID, make_session())
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sessions").fetchall()
+        store.delete(DID)
+        assert store.get(DID) is None
+        store.set(DID, make_session("2"))
+        with pytest.raises(
+            StoreError, match=r"1 sessions were encrypted again, but .*call rotate_encryption again"
+        ) as caught:
+            rotate_encryption(store)
+        assert caught.value.retryable
+        SQLiteStore(path).close()
+        reader.execute("ROLLBACK")
+        assert rotate_encryption(store) == 1
+        assert (tmp_path / "sessions.db-wal").stat().st_size == 0
+
+
+def test_a_directory_that_cannot_be_listed_keeps_no_record_from_being_deleted(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path)
+    store.set(DID, make_session())
+    (tmp_path / "writing").rmdir()
+    store.delete(DID)
+    assert store.get(DID) is None
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.scrub()
+
+
+# Whose places these are
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A URL and a directory that is made by its store."""
+    path = tmp_path / "store" / "place"
+    return f"{request.param}:///{path}", path
+
+
+@pytest.mark.parametrize("inside", ["", "sessions", "logins", "writing", "locks", "locks/writing"])
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o710])
+def test_a_directory_that_is_open_to_others_is_refused(tmp_path: Path, inside: str, mode: int) -> None:
+    JSONStore(tmp_path).set(DID, make_session())
+    directory = tmp_path / inside if inside else tmp_path
+    directory.chmod(mode)
+    with pytest.raises(StoreError, match=rf"{directory} is open to other users.*chmod 700 {directory}$"):
+        JSONStore(tmp_path)
+    directory.chmod(0o700)
+    assert JSONStore(tmp_path).get(DID) == make_session()
+
+
+@pytest.mark.parametrize("side", ["", "-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("mode", [0o666, 0o644, 0o640])
+def test_a_database_that_is_open_to_others_is_refused(tmp_path: Path, side: str, mode: int) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        store.set(DID, make_session())
+        path = tmp_path / f"sessions.db{side}"
+        path.touch()
+        path.chmod(mode)
+        with pytest.raises(StoreError, match=rf"{path} is open to other users.*chmod 600 {path}$"):
+            SQLiteStore(tmp_path / "sessions.db")
+        path.chmod(0o600)
+        if side == "-journal":
+            path.unlink()
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        assert store.get(DID) == make_session()
+
+
+def test_what_another_user_has_planted_is_refused(place: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, path = place
+    open_store(url).close()
+    give_away(path, monkeypatch)
+    with pytest.raises(StoreError, match=f"{path} belongs to another user"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("name", ["sessions", "logins", "writing", "locks"])
+def test_a_link_in_the_place_of_a_directory_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    (tmp_path / "store").mkdir(mode=0o700)
+    (tmp_path / "store" / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(StoreError, match=f"{name} is a link"):
+        JSONStore(tmp_path / "store")
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["-wal", "-shm", "-journal", ".locks"])
+def test_a_link_beside_a_database_is_refused(tmp_path: Path, side: str) -> None:
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / f"sessions.db{side}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(StoreError, match=r"is a link|cannot be used"):
+        SQLiteStore(tmp_path / "sessions.db")
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+
+
+def test_a_link_in_the_place_of_a_record_is_not_followed(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path / "store")
+    store.set(DID, make_session())
+    (file,) = (tmp_path / "store" / "sessions").iterdir()
+    file.rename(tmp_path / "theirs")
+    file.symlink_to(tmp_path / "theirs")
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.get(DID)
+    content = (tmp_path / "theirs").read_bytes()
+    store.set(DID, make_session("2"))
+    assert store.get(DID) == make_session("2")
+    assert (tmp_path / "theirs").read_bytes() == content
+
+
+def test_a_json_directory_behind_a_link_has_the_same_locks(tmp_path: Path) -> None:
+    store = JSONStore(tmp_path / "store")
+    (tmp_path / "release").symlink_to(tmp_path / "store")
+    linked = JSONStore(tmp_path / "release")
+    store.set(DID, make_session())
+    assert linked.get(DID) == make_session()
+    with store.locks.hold(DID, timeout=0), pytest.raises(LockTimeoutError):
+        linked.locks.hold(DID, timeout=0).__enter__()
+
+
+def test_a_database_where_everybody_may_replace_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public").chmod(0o777)
+    with pytest.raises(StoreError, match=rf"every user may replace files.*chmod o-w {tmp_path}/public$"):
+        SQLiteStore(tmp_path / "public" / "sessions.db")
+    (tmp_path / "public").chmod(0o1777)  # as /tmp
+    SQLiteStore(tmp_path / "public" / "sessions.db").close()
+
+
 def test_a_login_outlives_a_worker_without_its_key(opened: Callable[..., FullStore]) -> None:
     opened(KEY).logins.put("state", {"verifier": "v"}, LATER)
     for other in (opened(), opened(NEW_KEY)):
@@ -1301,6 +1555,36 @@ def test_a_place_without_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs))
     with pytest.raises(StoreError, match="WAL mode does not work"):
         SQLiteStore(tmp_path / "sessions.db")
+
+
+def test_waiting_for_a_locked_database_keeps_its_connection_for_others(tmp_path: Path) -> None:
+    """And holds up no fork: nothing is under way between two tries."""
+    path = tmp_path / "sessions.db"
+    with closing(SQLiteStore(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        pool = store._database._connections
+        store.set(DID, make_session())
+        (connection,) = pool._idle
+        other.execute("BEGIN IMMEDIATE")
+        waiting = threading.Event()
+
+        class Time:
+            monotonic, time = time.monotonic, time.time
+
+            @staticmethod
+            def sleep(seconds: float) -> None:
+                assert pool._idle == [connection]
+                assert not pool._uses
+                waiting.set()
+                time.sleep(seconds)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite, "time", Time)
+            writer = Worker(lambda: store.set(DID, make_session("2")))
+            assert waiting.wait(60)
+            other.execute("ROLLBACK")
+            writer.outcome()
+        assert store.get(DID) == make_session("2")
+        assert pool._idle == [connection]
 
 
 @pytest.mark.parametrize("what", ["deleted", "replaced"])
