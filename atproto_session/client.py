@@ -56,6 +56,7 @@ class OAuthClient:
     :param keyset: the keys of a confidential client.
     :param locks: by default those of the store.
     :param encryption_keys: Fernet keys, with ``store`` as a URL; see :func:`.open_store`.
+    :param allow_plaintext: read records that are not encrypted as well, while encryption is being switched on.
     :param plc_directory: the directory of ``did:plc``.
     :param handle_resolver: a server that resolves handles (``com.atproto.identity.resolveHandle``); ``None`` to use DNS
         and HTTPS.
@@ -79,6 +80,7 @@ class OAuthClient:
         keyset: Keyset | None = None,
         locks: Locks | None = None,
         encryption_keys: EncryptionKeys = (),
+        allow_plaintext: bool = False,
         plc_directory: str = "https://plc.directory",
         handle_resolver: str | None = None,
         allow_http: bool = False,
@@ -96,7 +98,11 @@ class OAuthClient:
         self.metadata = metadata
         self._keyset = keyset
         self._owns_store = isinstance(store, str)
-        self._store = complete(open_store(store, encryption_keys=encryption_keys) if isinstance(store, str) else store)
+        self._store = complete(
+            open_store(store, encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
+            if isinstance(store, str)
+            else store
+        )
         self._timeout = timeout
         self._allow_http = allow_http
         self._nonces = NonceCache()

@@ -168,7 +168,7 @@ with FileLocks(sys.argv[1]).hold("did", timeout=0):
 # Stores
 
 
-def test_the_memory_of_a_store_is_not_locked_in_the_child() -> None:
+def test_a_child_has_the_memory_of_a_store_for_itself() -> None:
     store = MemoryStore[Session](max_entries=10)
     store.set(DID, make_session())
     store.logins.put("state", {"verifier": "v"}, 4e9)
@@ -177,8 +177,7 @@ def test_the_memory_of_a_store_is_not_locked_in_the_child() -> None:
         store.set("other", make_session())
         return store.get(DID), store.logins.take("state")
 
-    with store._mutex, store.logins._mutex:
-        assert in_child(use) == (make_session(), {"verifier": "v"})
+    assert in_child(use) == (make_session(), {"verifier": "v"})
     assert store.logins.take("state") == {"verifier": "v"}
     assert store.get("other") is None
 
@@ -240,7 +239,7 @@ def test_a_fork_waits_for_the_statements_under_way(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(1) as forking, another_thread(write) as go_on:
             forked = forking.submit(in_child, use)
-            wait_until(lambda: pool._pausing)
+            wait_until(lambda: pool._turns._pausing)
             assert not forked.done()
             go_on.set()
             assert forked.result(SOON) is True
@@ -251,8 +250,7 @@ def test_a_child_forked_in_the_middle_of_a_statement_refuses_the_database(tmp_pa
     with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
         store.set(DID, make_session())
         pool = store._database._connections
-        pool._patience = 0.01
-        connection = pool.borrow()
+        pool._turns._patience = 0.01
 
         def use() -> str:
             with pytest.raises(StoreError, match="forked while its parent was using the SQLite database") as caught:
@@ -261,8 +259,8 @@ def test_a_child_forked_in_the_middle_of_a_statement_refuses_the_database(tmp_pa
                 SQLiteStore(tmp_path / "sessions.db")  # no more than the one that was inherited
             return str(caught.value)
 
-        in_child(use)
-        pool.give_back(connection)
+        with pool.lent():
+            in_child(use)
         assert store.get(DID) == make_session()
 
 

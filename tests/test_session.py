@@ -348,7 +348,9 @@ sessions = st.builds(
         expires_at=st.none() | times,
     ),
     attempt=st.none() | st.builds(Attempt, texts, texts, numbers, numbers, st.integers(0, 1000)),
-    refresh_not_before=st.none() | numbers,
+    rest=st.none() | st.builds(Rest, numbers, st.integers(0, 1000), st.text(min_size=1), st.text(min_size=1)),
+    client_id=st.none() | st.text(min_size=1),
+    began_at=st.none() | numbers,
     refreshed_at=st.none() | numbers,
 )
 

@@ -20,9 +20,11 @@ class LockKind(Enum):
     """What finding a lock free says about whoever held it before."""
 
     HOLDER = "holder"
-    """It was released, or its holder is dead: the operating system or the database frees it only then."""
+    """It was released, or its holder is dead. Only the operating system of the holder's own machine knows that."""
     LEASE = "lease"
-    """It was released, or its time ran out: the one that held it may be alive, and its request under way."""
+    """It was released, or whatever keeps it has given it up: its time ran out, or a connection ended. Whoever held it
+    may be alive, and its request under way. Every lock that a server keeps is of this kind (Redis, a database): the
+    connection of a worker that lives can end, and its lock ends with it."""
     PROCESS = "process"
     """Nothing about other processes: it excludes the threads of this one alone."""
 

@@ -18,18 +18,20 @@ sessions are safe between the threads of one process only. It proves itself by s
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from ..errors import LockTimeoutError, StoreError, printable
-from ..locks import Locks
+from ..errors import LockTimeoutError, StoreError
+from ..locks import LockKind, Locks
 from ..session import Session, TokenSet
-from ._completed import CompletedStore, MappingStore, filled_in_for
+from ._completed import CompletedStore, MappingStore
+from ._opening import Backend, open_store
 from .codec import Codec, EncryptionKeys
 from .jsonfile import JSONStore
-from .memory import MemoryStore
+from .memory import MemoryStore, holds
 from .sqlite import SQLiteStore
 
 __all__ = [
+    "Backend",
     "Codec",
     "EncryptionKeys",
     "FullStore",
@@ -39,13 +41,23 @@ __all__ = [
     "SQLiteStore",
     "SessionStore",
     "complete",
+    "holds",
+    "is_safe_between_processes",
     "open_store",
     "rotate_encryption",
 ]
 
 
 class SessionStore(Protocol):
-    """What a store has to have. What cannot be read or written is a :exc:`.StoreError`, never an absent session."""
+    """What a store has to have. What cannot be read or written is a :exc:`.StoreError`, never an absent session.
+
+    A key is a DID, or ``did#session_id``: text of up to 2,305 characters (a DID has up to 2,048, the other 256). Upper
+    and lower case differ, and a ``session_id`` may have any printable character.
+
+    ``get`` is called in the threads of the application, everything else in threads of the library. A store that keeps
+    something for each thread, such as a connection, may have a method ``thread_ended()``, without arguments: it is
+    called at the end of each thread of the library, in that thread.
+    """
 
     def get(self, key: str, /) -> Session | None:
         """The session stored under ``key``, or ``None`` when there is none. Takes no lock."""
@@ -74,7 +86,11 @@ class Logins(Protocol):
 
 
 class FullStore(SessionStore, Protocol):
-    """What a store has when nothing is left to fill in."""
+    """What a store has when nothing is left to fill in.
+
+    One that writes more to a disk than its records (a log, temporary files) may have a method ``scrub()``, without
+    arguments: :func:`rotate_encryption` calls it at the end, to leave nothing there that was overwritten.
+    """
 
     @property
     def locks(self) -> Locks:
@@ -86,7 +102,7 @@ class FullStore(SessionStore, Protocol):
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None, /) -> bool:
         """Compare-and-set: store ``session`` if the record is still the ``expected`` one, in one step that no other
-        write can come between.
+        write can come between. That no refresh token is sent twice rests on this; :func:`holds` is the comparison.
 
         :param session: ``None`` deletes.
         :param expected: a :class:`.TokenSet`: the record holds these tokens (:meth:`.TokenSet.has_same_tokens`),
@@ -110,55 +126,53 @@ class FullStore(SessionStore, Protocol):
         ...
 
 
+#: What a store has that is used as it is.
+_ALL = ("get", "set", "delete", "replace", "clear", "__iter__", "close")
+_LEAST = _ALL[:3]
+
+
 def complete(store: SessionStore | MutableMapping[str, Session]) -> FullStore:
-    """A store of this library as it is; any other with what is missing filled in: ``replace`` under a lock of this
-    process, ``locks`` of this process, ``logins`` in its memory, the same however often ``store`` is completed (a
-    ``dict``, as long as a client uses it). Iterating and clearing are not made up. Whatever else than a
-    :exc:`.SessionError` it raises becomes a :exc:`.StoreError`.
+    """A store that has everything as it is; any other with what is missing filled in: ``replace`` under a lock of this
+    object, ``locks`` of this process, ``logins`` in its memory. Iterating and clearing are not made up. Whatever else
+    than a :exc:`.SessionError` it raises becomes a :exc:`.StoreError`, unless it comes from the handler of a signal.
+
+    Every call makes another object, with other locks. Two clients over one store of your own are given one
+    ``complete(store)``, or one of them does not see what the other one locks.
+
+    A store has everything if it has all of :class:`FullStore` and says that nothing is to be done about its errors:
+    ``raises_only_session_errors = True``.
 
     :raises TypeError: ``store`` is neither a store nor a mutable mapping.
     """
-    if isinstance(store, CompletedStore | JSONStore | MemoryStore | SQLiteStore):
-        return store
-    if all(callable(getattr(store, name, None)) for name in ("get", "set", "delete")):
-        return CompletedStore(store, type(store).__name__, filled_in_for(store))
+    if (
+        getattr(store, "raises_only_session_errors", False)
+        and _has(store, _ALL)
+        and all(getattr(store, name, None) is not None for name in ("locks", "logins"))
+    ):
+        return cast(FullStore, store)
+    if _has(store, _LEAST):
+        return CompletedStore(store, type(store).__name__)
     if isinstance(store, MutableMapping):
-        return CompletedStore(MappingStore(store), type(store).__name__, filled_in_for(store))
+        return CompletedStore(MappingStore(store), type(store).__name__)
     raise TypeError(
         f"a session store has the methods get(key), set(key, session) and delete(key), or is a mutable mapping; "
-        f"{type(store).__name__} is neither"
+        f"{type(store).__name__} is neither. open_store() opens one from a URL such as sqlite:///sessions.db"
     )
 
 
-def open_store(url: str, *, encryption_keys: EncryptionKeys = ()) -> FullStore:
-    """The store that ``url`` names.
+def _has(store: object, methods: tuple[str, ...]) -> bool:
+    # A class has the methods, too, but is no store yet.
+    return not isinstance(store, type) and all(callable(getattr(store, name, None)) for name in methods)
 
-    ``memory:``, ``json:///directory`` or ``sqlite:///file.db``. Paths are written as SQLAlchemy writes them: three
-    slashes and a relative path, or four in all for an absolute one.
 
-    :param encryption_keys: Fernet keys: records are encrypted with the first and can be read with any of them. To
-        rotate, put the new key first, restart every worker, call :func:`rotate_encryption`, and take the old key out an
-        hour later, when no log-in that it encrypted is pending. Where workers are restarted one by one, add the new key
-        at the end before, in another round, so that all of them can read what the first to use it write.
-        ``memory:`` needs none.
-    :raises StoreError: the URL cannot be understood, what it needs is not installed, or the place cannot be used.
+def is_safe_between_processes(store: FullStore, locks: Locks | None = None) -> bool:
+    """Whether two processes that share ``store`` keep from sending one refresh token twice: it has a ``replace`` of its
+    own, or there are locks that reach further than this process.
+
+    :param locks: those that are used instead of the store's own.
     """
-    scheme, colon, rest = url.partition(":")
-    scheme = scheme.partition("+")[0].lower() if colon else ""
-    if scheme == "memory":
-        return MemoryStore[Session]()
-    if scheme in ("json", "sqlite"):
-        path = rest.removeprefix("///")
-        if path == rest or not path:
-            raise StoreError(f"{scheme}:///relative/path or {scheme}:////absolute/path names a store of this kind")
-        if scheme == "json":
-            return JSONStore(path, encryption_keys=encryption_keys)
-        return SQLiteStore(path, encryption_keys=encryption_keys)
-    # The scheme alone: a URL may hold a password.
-    raise StoreError(
-        f"no session store is known for {printable(scheme, 20) or 'a URL without a scheme'!r}; known are memory:, "
-        "json:///directory and sqlite:///file.db"
-    )
+    kind = getattr(store.locks if locks is None else locks, "kind", None)
+    return kind is not LockKind.PROCESS or getattr(store, "has_own_replace", True)
 
 
 #: How many failures a message lists; all are in its cause.
@@ -166,7 +180,8 @@ _MOST_NAMED = 20
 
 
 def rotate_encryption(store: FullStore, *, locks: Locks | None = None, timeout: float = 60.0) -> int:
-    """Write every session of ``store`` again, encrypted with the first of its keys. Workers may go on using it.
+    """Write every session of ``store`` again, encrypted with the first of its keys, and leave no copy of what it was
+    before in the files of the store. Workers may go on using it.
 
     Each account's lock is held meanwhile, and the session is stored by compare-and-set, so that neither a refresh nor
     the trace of one is lost.
@@ -175,7 +190,7 @@ def rotate_encryption(store: FullStore, *, locks: Locks | None = None, timeout: 
     :param timeout: how long to wait for a refresh under way, in seconds for each account.
     :returns: how many sessions were written.
     :raises StoreError: at the end, with the keys of all records that could not be read or written; the others have
-        been written.
+        been written. Or the log of the database could not be emptied.
     """
     written = 0
     failures: list[Exception] = []
@@ -198,12 +213,24 @@ def rotate_encryption(store: FullStore, *, locks: Locks | None = None, timeout: 
         raise StoreError(
             f"{written} sessions were encrypted again, {len(failures)} were not: {reasons}"
         ) from ExceptionGroup("rotate_encryption", failures)
+    try:
+        getattr(store, "scrub", _nothing)()
+    except StoreError as error:
+        raise StoreError(
+            f"{written} sessions were encrypted again, but there may be copies of what they were before: {error}; call "
+            "rotate_encryption again",
+            retryable=True,
+        ) from error
     return written
+
+
+def _nothing() -> None:
+    """For a store that leaves no copies."""
 
 
 def _rewrite(store: FullStore, key: str) -> bool:
     # A log-in or log-out need not wait for the lock, so it may come in between.
     while (session := store.get(key)) is not None:
-        if store.replace(key, session, session.token_set):
+        if store.replace(key, session, session):
             return True
     return False

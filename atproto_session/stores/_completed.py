@@ -2,79 +2,40 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
+import signal
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import CodeType
 from typing import Any, TypeVar
 
-from .._fork import reset_in_child
-from ..errors import SessionError, StoreError, printable
+from ..errors import LockTimeoutError, SessionError, StoreError, printable
 from ..locks import Locks, ThreadLocks
 from ..session import Session, TokenSet
 from .memory import MemoryLogins, holds
 
 T = TypeVar("T")
 
-
-#: Celery's. It strikes wherever the task is, and is no failure of the store.
-_TIME_LIMIT = "SoftTimeLimitExceeded"
-
-
-class FilledIn:
-    """What a store may lack: one for each store of this process, whoever completes it.
-
-    :param store: kept, where nothing else says how long this is needed.
-    """
-
-    def __init__(self, store: object = None) -> None:
-        self.store = store
-        self.locks = ThreadLocks()
-        self.logins = MemoryLogins()
-        self.writes = ThreadLocks()
-
-
-class _Registry:
-    """By identity: a mapping cannot be hashed. What is filled in for a store lives as long as that. For a ``dict``, of
-    which nobody is told that it is gone, as long as somebody uses it; no other object has its number meanwhile."""
-
-    def __init__(self) -> None:
-        self._by_number: dict[int, FilledIn] = {}
-        self._in_use: weakref.WeakValueDictionary[int, FilledIn] = weakref.WeakValueDictionary()
-        self.reset_after_fork()
-        reset_in_child(self)
-
-    def reset_after_fork(self) -> None:
-        self._mutex = threading.Lock()
-
-    def of(self, store: object) -> FilledIn:
-        number = id(store)
-        with self._mutex:
-            filled_in = self._by_number.get(number) or self._in_use.get(number)
-            if filled_in is None:
-                try:
-                    weakref.finalize(store, self._by_number.pop, number, None).atexit = False
-                except TypeError:
-                    filled_in = self._in_use[number] = FilledIn(store)
-                else:
-                    filled_in = self._by_number[number] = FilledIn()
-            return filled_in
-
-
-filled_in_for = _Registry().of
+#: How long a write waits for another one to the same account, in seconds.
+_WRITE_TIMEOUT = 30.0
 
 
 class CompletedStore:
-    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError."""
+    """``store`` with what it lacks filled in. What its methods raise becomes a StoreError.
 
-    def __init__(self, store: Any, name: str, filled_in: FilledIn) -> None:
+    :ivar has_own_replace: compare-and-set is the store's own, so that it may hold between processes.
+    """
+
+    raises_only_session_errors = True
+
+    def __init__(self, store: Any, name: str) -> None:
         self._store = store
         self._name = name
-        self._filled_in = filled_in
-        self._has_replace = getattr(store, "replace", None) is not None
+        self.has_own_replace = getattr(store, "replace", None) is not None
         locks, logins = getattr(store, "locks", None), getattr(store, "logins", None)
-        self.locks: Locks = filled_in.locks if locks is None else locks
-        self.logins: Any = filled_in.logins if logins is None else _CheckedLogins(self._call, logins)
+        self.locks: Locks = ThreadLocks() if locks is None else locks
+        self.logins: Any = MemoryLogins() if logins is None else _CheckedLogins(self._call, logins)
+        self._writes = ThreadLocks()
 
     def __repr__(self) -> str:
         return f"<{self._name}, completed>"
@@ -91,8 +52,8 @@ class CompletedStore:
             self._delete(key)
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
-        """Compare-and-set; atomic between the threads of this process, unless the store does better."""
-        if self._has_replace:
+        """Compare-and-set; atomic between those who use this object, unless the store does better."""
+        if self.has_own_replace:
             return bool(self._call("written", self._store.replace, key, session, expected))
         with self._writing(key):
             if not holds(self.get(key), expected):
@@ -110,14 +71,27 @@ class CompletedStore:
         return iter(self._call("listed", lambda: list(self._method("__iter__")())))
 
     def close(self) -> None:
-        if hasattr(self._store, "close"):
-            self._call("closed", self._store.close)
+        self._call_if_there("closed", "close")
 
-    def _writing(self, key: str) -> AbstractContextManager[object]:
+    def scrub(self) -> None:
+        self._call_if_there("scrubbed", "scrub")
+
+    def thread_ended(self) -> None:
+        self._call_if_there("left by a thread", "thread_ended")
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[None]:
         """Nothing else writes ``key`` in this block; a store with a ``replace`` of its own sees to that itself."""
-        if self._has_replace:
-            return nullcontext()
-        return self._filled_in.writes.hold(key, timeout=threading.TIMEOUT_MAX)
+        with ExitStack() as clean_up:
+            if not self.has_own_replace:
+                try:
+                    # Bounded: the handler of a signal may write what its own thread is writing.
+                    clean_up.enter_context(self._writes.hold(key, timeout=_WRITE_TIMEOUT))
+                except LockTimeoutError as error:
+                    raise StoreError(
+                        f"{printable(key)} is being written in {self._name} all the time", retryable=True
+                    ) from error
+            yield
 
     def _set(self, key: str, session: Session) -> None:
         self._call("written", self._store.set, key, session)
@@ -136,15 +110,38 @@ class CompletedStore:
             raise StoreError(f"{self._name} has no {name}() method")
         return method  # type: ignore[no-any-return]
 
+    def _call_if_there(self, what: str, name: str) -> None:
+        if hasattr(self._store, name):
+            self._call(what, self._method(name))
+
     def _call(self, what: str, method: Callable[..., T], *arguments: object) -> T:
         try:
             return method(*arguments)
         except SessionError:
             raise
         except Exception as error:
-            if type(error).__name__ == _TIME_LIMIT:
+            if _is_from_a_signal(error):
                 raise
             raise StoreError(f"the session store {self._name} cannot be {what}: {type(error).__name__}") from error
+
+
+def _is_from_a_signal(error: BaseException) -> bool:
+    """Whether the handler of a signal has raised it, as for the time limit of a task. It struck where the program was,
+    and says nothing about the store."""
+    codes = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _code_of(handler: object) -> CodeType | None:
+    """That of a function, a method, a ``partial`` of one, or of an object that can be called."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    return getattr(handler, "__code__", None) or getattr(getattr(handler, "__call__", None), "__code__", None)  # noqa: B004
 
 
 class _CheckedLogins:

@@ -10,14 +10,19 @@ connection is closed just before a fork, and there is nothing to inherit.
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .._fork import Turns
+from .._fork import Turns, copy_of, pause_at_fork
 from ..errors import StoreError
 
 #: More idle connections than this are closed.
 _MOST_IDLE = 8
+#: How long a fork waits for connections to be given back, in seconds, and that twice: Turns wait by themselves, too.
+#: What waits for another process gives its connection back meanwhile, so that only a disk that stands still takes so
+#: long.
+_PATIENCE = 1.0
 #: What a fork could not close, kept for good: to be collected is to be closed.
 _inherited: list[sqlite3.Connection] = []
 _inherited_paths: set[str] = set()
@@ -28,78 +33,102 @@ _FORKED = (
 
 
 class Connection(sqlite3.Connection):
-    """One that a weak set can hold."""
+    """One whose methods can be watched: those of SQLite's own class cannot be replaced."""
 
 
-class Connections(Turns):
-    """A pool. Whoever borrows a connection gives it back, or discards it if it may be in the middle of something.
+class _Use:
+    """Something under way: a connection is lent, or the database is being opened."""
 
-    Without a lock, as :class:`Turns` are.
+    connection: Connection | None = None
+
+
+class Connections:
+    """A pool. It has no lock: an exception may be raised in a thread at any instant, by a signal for one, and a lock
+    that was left taken would stop every other.
 
     :param path: the database, as all of this process write it.
     :param connect: makes a :class:`Connection` that any thread may use.
-    :param patience: how many seconds a fork waits for connections to be given back.
     """
 
-    def __init__(self, path: str, connect: Callable[[], Connection], *, patience: float) -> None:
+    def __init__(self, path: str, connect: Callable[[], Connection]) -> None:
         self._path = path
         self._connect = connect
+        self._turns = Turns(patience=_PATIENCE)
         self._idle: list[Connection] = []
+        # Weak: what was lost to an exception is under way no more.
+        self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
         self._refused = _FORKED if path in _inherited_paths else None
-        super().__init__(patience=patience)
+        pause_at_fork(self)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """
+    def turn(self) -> Iterator[_Use]:
+        """No fork happens in this block, and it waits for one that does.
+
         :raises StoreError: the pool is closed.
         """
-        with super().turn():
+        with self._turns.turn():
             if self._refused is not None:
                 raise StoreError(self._refused)
-            yield
+            use = _Use()
+            self._uses.add(use)
+            try:
+                yield use
+            finally:
+                self._uses.discard(use)
 
-    def borrow(self) -> Connection:
-        """
+    @contextmanager
+    def lent(self) -> Iterator[Connection]:
+        """A connection for this block. It is closed if the block fails, since it may be in the middle of something; not
+        where the block failed to begin, since the database is locked.
+
         :raises StoreError: the pool is closed.
         """
-        with self.turn():
+        with self.turn() as use:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 connection = self._connect()
-            self._under_way.add(connection)
-            return connection
+            use.connection = connection
+            try:
+                yield connection
+            except BaseException as error:
+                self._give_back(connection, is_usable=is_busy(error) and not connection.in_transaction)
+                raise
+            self._give_back(connection, is_usable=True)
 
-    def give_back(self, connection: Connection) -> None:
-        if self._refused is not None or len(self._idle) >= _MOST_IDLE:
-            self.discard(connection)
-            return
-        self._idle.append(connection)
-        self._under_way.discard(connection)
-
-    def discard(self, connection: Connection) -> None:
-        try:
+    def _give_back(self, connection: Connection, *, is_usable: bool) -> None:
+        if is_usable and self._refused is None and len(self._idle) < _MOST_IDLE:
+            self._idle.append(connection)
+        # This may be a child that was forked in the block.
+        elif connection not in _inherited:
             connection.close()
-        finally:
-            self._under_way.discard(connection)
 
     def close(self) -> None:
         self._refused = self._refused or "the store is closed"
         self.close_idle()
 
-    def pause_for_fork(self) -> None:
-        super().pause_for_fork()
-        self.close_idle()
-
-    def reset_after_fork(self) -> None:
-        if self._under_way or self._idle:
-            _inherited.extend([*(each for each in self._under_way if isinstance(each, Connection)), *self._idle])
-            _inherited_paths.add(self._path)
-            self._idle = []
-            self._refused = _FORKED
-        super().reset_after_fork()
-
     def close_idle(self) -> None:
         while self._idle:
             with suppress(IndexError):
                 self._idle.pop().close()
+
+    def pause_for_fork(self) -> None:
+        self._turns.pause_for_fork()
+        self.close_idle()
+
+    def resume_after_fork(self) -> None:
+        self._turns.resume_after_fork()
+
+    def reset_after_fork(self) -> None:
+        uses = copy_of(self._uses)
+        if uses or self._idle:
+            _inherited.extend([*filter(None, (use.connection for use in uses)), *self._idle])
+            _inherited_paths.add(self._path)
+            self._idle = []
+            self._refused = _FORKED
+        self._uses = weakref.WeakSet()
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether somebody else keeps the database locked."""
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -1,8 +1,9 @@
 """What a store writes: the session document as JSON, encrypted where there are keys.
 
 Fernet (AES-128-CBC with HMAC-SHA256) encrypts the whole document, and the document holds its own key, so a record that
-was moved to another account's place is refused. Records from before encryption was switched on stay readable and are
-encrypted when they are next written, or all at once by :func:`atproto_session.stores.rotate_encryption`.
+was moved to another account's place is refused. So is a record that is not encrypted: anybody who may write to the
+place could have put it there. Records from before encryption was switched on are read with ``allow_plaintext=True``,
+until :func:`atproto_session.stores.rotate_encryption` has encrypted them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
 EncryptionKeys = Iterable[str | bytes] | str | bytes
 
-#: How many decoded records are kept: most reads find the bytes of the read before.
-_KEPT = 1024
+#: How many decoded records are kept in each of two generations: most reads find the bytes of the read before. Longer
+#: records are not kept, so that the memory for all of them is bounded, to some 40 MB. Most have 2,000 bytes.
+_KEPT = 512
+_LONGEST_KEPT = 16384
 #: The version byte and the first zeros of the timestamp of every Fernet token, in base64.
 _FERNET_START = b"gAAAA"
 
@@ -30,12 +33,17 @@ class Codec:
 
     :param encryption_keys: Fernet keys (``cryptography.fernet.Fernet.generate_key()``). The first encrypts, all
         decrypt; without any, records are written as plain JSON.
+    :param allow_plaintext: read records that are not encrypted although there are keys, as long as there are some from
+        before.
     :raises StoreError: one of them is not a Fernet key.
     """
 
-    def __init__(self, encryption_keys: EncryptionKeys = ()) -> None:
+    def __init__(self, encryption_keys: EncryptionKeys = (), *, allow_plaintext: bool = False) -> None:
         self._fernet = _fernet(encryption_keys)
-        self._decoded: dict[str, tuple[bytes, Session]] = {}
+        self._allows_plaintext = self._fernet is None or allow_plaintext
+        # Two generations: when the young one is full, the old one is forgotten.
+        self._young: dict[str, tuple[bytes, Session]] = {}
+        self._old: dict[str, tuple[bytes, Session]] = {}
 
     def encode(self, key: str, session: Session) -> bytes:
         """The record of ``session``.
@@ -52,20 +60,21 @@ class Codec:
     def decode(self, key: str, data: bytes | str) -> Session:
         """The session in a record, which is text if it was written by hand.
 
-        :raises StoreError: no encryption key opens it, it is damaged, another key's, or of a later release.
+        :raises StoreError: no encryption key opens it, it is not encrypted although it should be, it is damaged,
+            another key's, or of a later release.
         """
         data = data.encode("utf-8", "replace") if isinstance(data, str) else data
-        kept = self._decoded.get(key)
+        kept = self._young.get(key) or self._old.get(key)
         if kept is not None and kept[0] == data:
+            self._keep(key, kept)
             return kept[1]
         try:
             session = from_document(key, self._open(data))
         except ValueError as error:
             # Not chained: the errors of the JSON decoder carry the whole document.
             raise StoreError(f"the session of {printable(key)} cannot be read: {error}") from None
-        if len(self._decoded) >= _KEPT:
-            self._decoded.clear()
-        self._decoded[key] = data, session
+        if len(data) <= _LONGEST_KEPT:
+            self._keep(key, (data, session))
         return session
 
     def key_of(self, data: bytes) -> str:
@@ -80,14 +89,21 @@ class Codec:
         return key
 
     def encode_login(self, state: str, document: dict[str, Any], expires_at: float) -> bytes:
-        """The record of a pending log-in."""
+        """The record of a pending log-in.
+
+        :raises StoreError: ``document`` is not JSON.
+        """
         try:
             return self._seal({"state": state, "expiresAt": expires_at, "login": document})
         except (ValueError, TypeError) as error:
             raise StoreError(f"the log-in cannot be stored: {error}") from error
 
     def decode_login(self, state: str, data: bytes, now: float) -> dict[str, Any] | None:
-        """The document of a pending log-in, or ``None`` when it has expired."""
+        """The document of a pending log-in, or ``None`` when it has expired.
+
+        :param now: seconds since the epoch.
+        :raises StoreError: as for :meth:`decode`.
+        """
         try:
             record = self._open(data)
         except ValueError as error:
@@ -96,6 +112,12 @@ class Codec:
         if record.get("state") != state or not isinstance(login, dict) or not isinstance(expires_at, int | float):
             raise StoreError("the log-in cannot be read: it is not the record of this log-in")
         return login if now < expires_at else None
+
+    def _keep(self, key: str, kept: tuple[bytes, Session]) -> None:
+        # Without a lock: two threads that do this at once forget more than they had to, and nothing else.
+        self._young[key] = kept
+        if len(self._young) >= _KEPT:
+            self._old, self._young = self._young, {}
 
     def _seal(self, document: dict[str, Any]) -> bytes:
         data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
@@ -106,6 +128,11 @@ class Codec:
             raise ValueError("it is empty")
         if data.startswith(_FERNET_START):
             data = self._decrypt(data)
+        elif not self._allows_plaintext:
+            raise ValueError(
+                "it is not encrypted, and there are encryption_keys: if it is from before there were any, open the "
+                "store with allow_plaintext=True and call rotate_encryption(store)"
+            )
         try:
             document = json.loads(data)
         except (ValueError, RecursionError):
@@ -128,7 +155,13 @@ class Codec:
 
 
 def _fernet(encryption_keys: EncryptionKeys) -> MultiFernet | None:
-    keys = [encryption_keys] if isinstance(encryption_keys, str | bytes) else list(encryption_keys)
+    try:
+        keys = [encryption_keys] if isinstance(encryption_keys, str | bytes) else list(encryption_keys)
+    except TypeError:
+        raise StoreError(
+            f"encryption_keys is a list of Fernet keys, which is empty for no encryption, not "
+            f"{type(encryption_keys).__name__}"
+        ) from None
     if not keys:
         return None
     from cryptography.fernet import Fernet, MultiFernet

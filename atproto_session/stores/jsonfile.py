@@ -10,14 +10,16 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
-from ..locks.files import make_private
+from ..locks._places import make_private, path_of
 from ..session import Session, TokenSet
+from ._urls import path_in
 from .codec import Codec, EncryptionKeys
 from .memory import holds
 
@@ -42,15 +44,30 @@ class JSONStore:
 
     :param directory: made when missing, for its owner alone.
     :param encryption_keys: see :func:`.open_store`.
-    :raises StoreError: the directory cannot be used.
+    :param allow_plaintext: see :func:`.open_store`.
+    :raises StoreError: the directory cannot be used, or is open to other users.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, encryption_keys: EncryptionKeys = ()) -> None:
-        self._directory = Path(directory).absolute()
+    raises_only_session_errors = True
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        encryption_keys: EncryptionKeys = (),
+        allow_plaintext: bool = False,
+    ) -> None:
+        self._codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
+        # Whoever opens the directory through a link finds the same locks in it. Links in it are not followed.
+        self._directory = Path(os.path.realpath(path_of("the directory of a JSON store", directory)))
         self._files = _Files(self._directory)
-        self._codec = Codec(encryption_keys)
         self.locks = FileLocks(self._directory / "locks")
         self.logins = JSONLogins(self._files, self._codec)
+
+    @classmethod
+    def from_url(cls, url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintext: bool = False) -> JSONStore:
+        """The store that ``json:///directory`` names."""
+        return cls(path_in(url), encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
 
     def __repr__(self) -> str:
         return f"JSONStore({str(self._directory)!r})"
@@ -76,18 +93,29 @@ class JSONStore:
                 self._files.write(path, data)
             elif expected is not None:
                 self._files.remove(path)
-            return True
+        if session is None:
+            self._scrub_if_possible()
+        return True
 
     def delete(self, key: str) -> None:
         path = _path_of(key)
         with self._files.writing(path):
             self._files.remove(path)
+        self._scrub_if_possible()
 
     def clear(self) -> None:
         """Delete every session. Pending log-ins stay, and expire."""
         for path in self._files.list("sessions", ".json"):
             with self._files.writing(path):
                 self._files.remove(path)
+        self._scrub_if_possible()
+
+    def scrub(self) -> None:
+        """Leave nothing of what writers that were killed had begun to write.
+
+        :raises StoreError: it cannot be deleted.
+        """
+        self._files.remove_leftovers()
 
     def __iter__(self) -> Iterator[str]:
         """The keys.
@@ -109,6 +137,11 @@ class JSONStore:
 
     def close(self) -> None:
         """Nothing to close: no file stays open."""
+
+    def _scrub_if_possible(self) -> None:
+        # The record itself has been deleted by now.
+        with suppress(StoreError):
+            self.scrub()
 
     def _key_of(self, path: str) -> str | None:
         name = path.removeprefix("sessions/").removesuffix(".json")
@@ -154,15 +187,15 @@ class _Files:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._locks = FileLocks(directory / "locks" / "writing", stripes=256)
+        self._locks = FileLocks(directory / "locks" / "writing")
         with self._failures("made"):
-            for name in ("sessions", "logins", "writing"):
+            for name in ("", "locks", "sessions", "logins", "writing"):
                 make_private(directory / name)
         probe = f"sessions/.{secrets.token_hex(8)}.probe"
         with self.writing(probe):
             self.write(probe, b"")
             self.remove(probe)
-        self._remove_leftovers()
+        self.remove_leftovers()
 
     @contextmanager
     def writing(self, path: str) -> Iterator[None]:
@@ -176,8 +209,8 @@ class _Files:
     def read(self, path: str) -> bytes | None:
         with self._failures("read"):
             try:
-                with (self._directory / path).open("rb") as file:
-                    return file.read()
+                with FileIO(self._directory / path, opener=_without_links) as file:
+                    return file.readall()
             except FileNotFoundError:
                 if not (self._directory / path).parent.is_dir():
                     raise
@@ -223,7 +256,7 @@ class _Files:
                 if (self._directory / path).stat().st_mtime < than:
                     (self._directory / path).unlink()
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         # Of killed writers: one that lives holds the lock of what it writes.
         for path in self.list("writing", ""):
             target = path.removeprefix("writing/").rpartition(".")[0]
@@ -249,6 +282,10 @@ class _Files:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _path_of(key: str) -> str:

@@ -8,8 +8,9 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -17,9 +18,10 @@ from urllib.parse import quote
 from .._fork import close_at_end
 from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
-from ..locks.files import make_private
+from ..locks._places import check_parent, check_private, make_missing, path_of
 from ..session import Session, TokenSet
-from ._connections import Connection, Connections
+from ._connections import Connection, Connections, is_busy
+from ._urls import path_in
 from .codec import Codec, EncryptionKeys
 from .memory import holds
 
@@ -43,34 +45,52 @@ _HINTS = {
     sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup",
     sqlite3.SQLITE_FULL: "the disk is full",
 }
-_TRANSIENT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+#: The pauses of what waits for a locked database, in seconds; the last one again and again. They are made here and not
+#: in SQLite, so that nothing is under way meanwhile: a fork need not wait, and gevent can do something else.
+_PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05)
+#: How long a deletion waits for those who read, to empty the log, in seconds. Whoever deletes next empties it, too.
+_LOG_WITHIN = 0.5
+_SIDES = ("", "-wal", "-shm", "-journal")
 
 
 class SQLiteStore:
     """Sessions in one SQLite file, in WAL mode: readers and the writer do not wait for each other, and what was
     written survives a power failure.
 
+    What is deleted or replaced is overwritten in the file (``PRAGMA secure_delete``). The log, where copies of it may
+    be left, is emptied after a deletion, and by :meth:`scrub`.
+
     :param path: the database file, made when missing, for its owner alone. Not on a network file system, where WAL
         does not work. The lock files are beside it, in ``<path>.locks``.
     :param encryption_keys: see :func:`.open_store`.
+    :param allow_plaintext: see :func:`.open_store`.
     :param busy_timeout: how long a write waits for the write of another process, in seconds.
-    :raises StoreError: the file cannot be used, or was written by a later release.
+    :raises StoreError: the file cannot be used, was written by a later release, or is open to other users.
     """
+
+    raises_only_session_errors = True
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
         encryption_keys: EncryptionKeys = (),
+        allow_plaintext: bool = False,
         busy_timeout: float = 30.0,
     ) -> None:
-        if os.fspath(path) in ("", ":memory:"):
+        if path in ("", ":memory:"):
             raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
-        self._codec = Codec(encryption_keys)
+        path = path_of("the path of an SQLite store", path)
+        self._codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
         # Whoever opens the file through a link has to find the same locks, and the same log, beside it.
         self._database = _Database(Path(os.path.realpath(path)), busy_timeout)
         self.locks = self._database.locks
         self.logins = SQLiteLogins(self._database, self._codec)
+
+    @classmethod
+    def from_url(cls, url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintext: bool = False) -> SQLiteStore:
+        """The store that ``sqlite:///file.db`` names."""
+        return cls(path_in(url), encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
 
     def __repr__(self) -> str:
         return f"SQLiteStore({self._database.path!r})"
@@ -97,14 +117,26 @@ class SQLiteStore:
                 _put(connection, key, data)
             return True
 
-        return self._database.write(work)
+        replaced = self._database.write(work)
+        if replaced and session is None:
+            self._database.empty_log_soon()
+        return replaced
 
     def delete(self, key: str) -> None:
         self._database.write(lambda connection: connection.execute("DELETE FROM sessions WHERE key = ?", (key,)))
+        self._database.empty_log_soon()
 
     def clear(self) -> None:
         """Delete every session. Pending log-ins stay, and expire."""
         self._database.write(lambda connection: connection.execute("DELETE FROM sessions"))
+        self._database.empty_log_soon()
+
+    def scrub(self) -> None:
+        """Leave nothing in the log of what was overwritten.
+
+        :raises StoreError: another process reads or writes all the time.
+        """
+        self._database.empty_log()
 
     def __iter__(self) -> Iterator[str]:
         # A page at a time: a read transaction that stays open keeps the log from being reset.
@@ -150,20 +182,34 @@ class SQLiteLogins:
         return self._database.write(work)
 
 
+class _LogInUse(sqlite3.OperationalError):
+    """Somebody else reads from the log, or writes to it."""
+
+    sqlite_errorcode = sqlite3.SQLITE_BUSY
+
+
 class _Database:
     """One file and the connections to it. Every failure is a StoreError."""
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self.path = str(path)
         self.locks = FileLocks(f"{path}.locks")
-        connect = partial(_connect, path.as_uri(), busy_timeout)
-        self._connections = Connections(self.path, connect, patience=busy_timeout + 5)
-        try:
-            make_private(path.parent)
-            # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
-            schema = FileLocks(f"{path}.locks/schema", stripes=1).hold("schema", timeout=busy_timeout)
-            with schema, self._connections.turn():
+        self._busy_timeout = busy_timeout
+        self._connections = Connections(self.path, partial(_connect, path.as_uri()))
+
+        def create() -> None:
+            with self._connections.turn():
                 _create(path)
+
+        try:
+            make_missing(path.parent)
+            check_parent(path.parent)
+            for side in _SIDES:
+                with suppress(FileNotFoundError):
+                    check_private(Path(f"{path}{side}"))
+            # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
+            with self.locks.hold("schema", timeout=busy_timeout):
+                _patiently(create, busy_timeout)
             self._identity = _identity_of(self.path)
         except LockTimeoutError as error:
             raise StoreError(f"{self.path} is being opened by other processes all the time", retryable=True) from error
@@ -185,28 +231,48 @@ class _Database:
 
         return self._use(transaction)
 
-    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def empty_log(self, within: float | None = None) -> None:
+        """
+        :param within: how long to wait for others, in seconds.
+        """
+        self._use(_empty_log, within)
+
+    def empty_log_soon(self) -> None:
+        """Now, if nobody keeps it from being done for long. What was to be deleted is deleted in any case."""
+        with suppress(StoreError):
+            self.empty_log(_LOG_WITHIN)
+
+    def _use(self, work: Callable[[sqlite3.Connection], T], within: float | None = None) -> T:
         try:
-            # SQLite itself would go on with the file that was deleted, and lose what it writes.
-            if _identity_of(self.path) != self._identity:
-                raise StoreError(f"{self.path} was replaced while it was in use; restart the processes that use it")
-            connection = self._connections.borrow()
-            try:
-                result = work(connection)
-            except BaseException:
-                self._connections.discard(connection)  # which rolls back
-                raise
-            self._connections.give_back(connection)
+            return _patiently(partial(self._try, work), self._busy_timeout if within is None else within)
         except (sqlite3.Error, OSError, UnicodeError) as error:
             raise self._failure(error) from error
-        return result
+
+    def _try(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        # SQLite itself would go on with the file that was deleted, and lose what it writes.
+        if _identity_of(self.path) != self._identity:
+            raise StoreError(f"{self.path} was replaced while it was in use; restart the processes that use it")
+        with self._connections.lent() as connection:
+            return work(connection)
 
     def _failure(self, error: Exception) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         hint = _HINTS.get(code, "it needs a file and a directory that this user may write to")
-        return StoreError(
-            f"the session store {self.path} cannot be used ({error}): {hint}", retryable=code in _TRANSIENT
-        )
+        return StoreError(f"the session store {self.path} cannot be used ({error}): {hint}", retryable=is_busy(error))
+
+
+def _patiently(work: Callable[[], T], patience: float) -> T:
+    """``work()``, again and again for ``patience`` seconds as long as somebody else keeps the database locked."""
+    deadline = time.monotonic() + patience
+    pauses = chain(_PAUSES, repeat(_PAUSES[-1]))
+    while True:
+        try:
+            return work()
+        except sqlite3.OperationalError as error:
+            left = deadline - time.monotonic()
+            if left <= 0 or not is_busy(error):
+                raise
+        time.sleep(min(left, next(pauses)))
 
 
 def _create(path: Path) -> None:
@@ -214,32 +280,42 @@ def _create(path: Path) -> None:
     # must not be opened here in any other way: on POSIX, to close it would drop the locks of this process on it.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as like:
         uri = f"{path.as_uri()}?mode=rwc&modeof={quote(like.name)}"
-        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0.0)) as connection:
+            connection.execute("PRAGMA secure_delete = ON")
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise StoreError(f"{path} is on a file system that SQLite's WAL mode does not work on")
             if _version_of(connection) == 0:
                 connection.executescript(_SCHEMA)
             _check_version(connection)
+            with suppress(_LogInUse):
+                _empty_log(connection)  # of what a writer that was killed has left there
             connection.execute("BEGIN IMMEDIATE")  # fails at once where nothing can be written
 
 
-def _connect(uri: str, busy_timeout: float) -> Connection:
+def _connect(uri: str) -> Connection:
     connection = sqlite3.connect(
         f"{uri}?mode=rw",
         uri=True,
         isolation_level=None,
         check_same_thread=False,
-        timeout=busy_timeout,
+        timeout=0.0,
         factory=Connection,
     )
     try:
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA secure_delete = ON")  # not every build of SQLite does so by itself
         _check_version(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _empty_log(connection: sqlite3.Connection) -> None:
+    (is_in_use, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_in_use:
+        raise _LogInUse("the log is in use")
 
 
 def _version_of(connection: sqlite3.Connection) -> int:

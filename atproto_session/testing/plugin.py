@@ -24,8 +24,8 @@ def atproto_network() -> Iterator[LocalNetwork]:
 
 @pytest.fixture
 def atproto_client(atproto_network: LocalNetwork) -> Iterator[OAuthClient]:
-    """An :class:`.OAuthClient` on that network, which keeps its sessions in memory. After a refresh that failed, it asks
-    the server again at once."""
+    """An :class:`.OAuthClient` on that network, with its sessions in memory. After a refresh that failed, it asks the
+    server again at once."""
     from ..client import OAuthClient
     from ..metadata import ClientMetadata
     from ..terms import Times

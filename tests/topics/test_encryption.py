@@ -100,8 +100,8 @@ def client_with(place: Place, network: LocalNetwork) -> Iterator[Callable[..., O
     """Makes a client of that store with the keys that are given."""
     clients: list[OAuthClient] = []
 
-    def client_with_(*keys: str) -> OAuthClient:
-        options = network.client_options()
+    def client_with_(*keys: str, **options: Any) -> OAuthClient:
+        options |= network.client_options()
         clients.append(OAuthClient(ClientMetadata.loopback(), store=place.url, encryption_keys=keys, **options))
         return clients[-1]
 
@@ -311,7 +311,9 @@ def test_encryption_is_switched_on_in_a_store_that_is_in_use(
         log_in(network, plain, account)
     pending = plain.authorize(alice.did)
 
-    client = client_with(OLD)
+    with pytest.raises(StoreError, match="allow_plaintext=True"):
+        client_with(OLD).restore(alice.did)
+    client = client_with(OLD, allow_plaintext=True)
     client.callback(network.authorize(pending, alice), session_id="second")
     for account in (alice, bob):
         assert client.restore(account.did).get(GET_SESSION).status_code == 200

@@ -443,10 +443,9 @@ def writing(store: FullStore) -> threading.Event:
     """Set when the store begins its next transaction, for which it may have to wait: for half a minute."""
     assert isinstance(store, SQLiteStore)
     begun = threading.Event()
-    connection = store._database._connections.borrow()
-    assert connection.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
-    connection.set_trace_callback(lambda sql: begun.set() if sql.startswith("BEGIN") else None)
-    store._database._connections.give_back(connection)
+    assert store._database._busy_timeout == 30.0
+    with store._database._connections.lent() as connection:
+        connection.set_trace_callback(lambda sql: begun.set() if sql.startswith("BEGIN") else None)
     return begun
 
 
