@@ -16,6 +16,7 @@ import pytest
 from atproto_session import CachedGetter, ClientAuthMethod, Session, SessionGetter, TokenSet, server
 from atproto_session._flights import Flight
 from atproto_session.keys import generate_jwk
+from atproto_session.locks import LockKind
 from atproto_session.terms import Times
 
 DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
@@ -116,6 +117,21 @@ class PlainStore:
 
     def delete(self, key: str) -> None:
         self.sessions.pop(key, None)
+
+
+class NoLocks:
+    """Locks that keep nobody away from anything."""
+
+    kind = LockKind.LEASE
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[NoLocks]:
+        yield self
+
+    lock = ""
+
+    def extend(self, seconds: float) -> bool:
+        return True
 
 
 class Gate:

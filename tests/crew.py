@@ -15,6 +15,7 @@ class Crew:
     :param options: keyword arguments for their clients.
     :param metadata: the document of the client that they are; by default a development client's.
     :param jwks: its private keys, if it is confidential.
+    :param apart: as if each were on a machine of its own: without common locks, and without knowing of each other.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class Crew:
         freshness: dict[str, float] | None = None,
         metadata: dict[str, Any] | None = None,
         jwks: dict[str, Any] | None = None,
+        apart: bool = False,
     ) -> None:
         setup: dict[str, Any] = {"store": store, "did": did, "options": options, "freshness": freshness or {}}
+        setup["apart"] = apart
         if metadata is not None:
             setup["metadata"] = metadata
         if jwks is not None:

@@ -7,13 +7,15 @@ moment; the answer is ``{"ok": [...], "errors": [...]}``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from atproto_session import ClientMetadata, Freshness, Keyset, OAuthClient
+from atproto_session import ClientMetadata, Freshness, Keyset, OAuthClient, _worker
 
+from .core import NoLocks
 from .scenes import GET_SESSION
 
 
@@ -23,6 +25,9 @@ def main() -> None:
     metadata = ClientMetadata.from_document(setup["metadata"]) if "metadata" in setup else ClientMetadata.loopback()
     keyset = Keyset.from_jwks(setup["jwks"]) if "jwks" in setup else None
     store, options = setup["store"], setup["options"]
+    if setup["apart"]:
+        _worker._machine = lambda: f"machine {os.getpid()}"
+        options["locks"] = NoLocks()
     with OAuthClient(metadata, store=store, keyset=keyset, freshness=freshness, **options) as client:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:

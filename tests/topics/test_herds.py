@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,3 +49,46 @@ def test_one_refresh_for_each_expiry_and_for_each_rejected_token(store: str, net
                 assert network.rotations == round_ + 1
     assert set(network.refresh_token_uses.values()) == {1}
     assert network.replays == 0
+
+
+@pytest.mark.duty(35)
+def test_one_refresh_for_each_expiry_without_any_lock(tmp_path: Path, network: LocalNetwork) -> None:
+    """As on several machines: the record in the store is all that the processes share."""
+    store = f"sqlite:///{tmp_path}/sessions"
+    account = network.create_account()
+    with OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options()) as client:
+        log_in(network, client, account)
+        with Crew(store, account.did, network.client_options(), apart=True) as crew:
+            for round_ in range(ROUNDS):
+                store_tokens(client, account.did, expires_at=datetime.fromtimestamp(1, UTC))
+                assert len(set(crew.do("restore"))) == 1
+                assert network.rotations == round_ + 1
+    assert set(network.refresh_token_uses.values()) == {1}
+    assert network.replays == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "error"),
+    [
+        ("status", {"status": 500}, "OAuthResponseError"),
+        ("status", {"status": 503, "processed": True}, "OAuthResponseError"),
+        ("status", {"status": 429}, "OAuthResponseError"),
+        ("cut_before", {}, "RefreshInterruptedError"),
+        ("cut_after", {}, "RefreshInterruptedError"),
+        ("html", {}, "RefreshInterruptedError"),
+    ],
+)
+def test_a_sick_server_is_asked_once_and_all_are_told(
+    store: str, network: LocalNetwork, fault: str, options: dict[str, Any], error: str
+) -> None:
+    account = network.create_account()
+    with OAuthClient(ClientMetadata.loopback(), store=store, **network.client_options()) as client:
+        log_in(network, client, account)
+        store_tokens(client, account.did, expires_at=datetime.fromtimestamp(1, UTC))
+        with Crew(store, account.did, network.client_options()) as crew:
+            sick = network.fault("refresh", fault, times=None, **options)
+            ok, errors = crew.try_to_do("restore")
+    assert ok == []
+    assert {each.partition(":")[0] for each in errors} == {error}
+    assert len(errors) == 32
+    assert sick.count <= 4, "each process at most once, and most of them not at all"
