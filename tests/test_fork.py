@@ -264,6 +264,52 @@ def test_a_child_forked_in_the_middle_of_a_statement_refuses_the_database(tmp_pa
         assert store.get(DID) == make_session()
 
 
+def test_a_child_that_leaves_the_block_it_was_forked_in_does_not_close_the_connection(tmp_path: Path) -> None:
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        pool = store._database._connections
+        pool._turns._patience = 0.01
+        block = pool.lent()
+        connection = block.__enter__()
+
+        def leave() -> int:
+            block.__exit__(None, None, None)
+            assert pool._idle == []
+            return connection.total_changes  # of a closed one it is an error
+
+        assert in_child(leave) == 0
+        block.__exit__(None, None, None)
+        assert pool._idle == [connection]
+
+
+def test_a_fork_does_not_wait_for_a_database_that_another_program_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer waits between its tries, with nothing in its hands, and the child may use the database."""
+    path = tmp_path / "sessions.db"
+    waiting = threading.Event()
+
+    class Time:
+        monotonic, time = time.monotonic, time.time
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            waiting.set()
+            time.sleep(seconds)
+
+    with closing(SQLiteStore(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        store.set(DID, make_session("1"))
+        monkeypatch.setattr(sqlite, "time", Time)
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as threads:
+            writer = threads.submit(store.set, DID, make_session("2"))
+            assert waiting.wait(SOON)
+            assert in_child(lambda: store.get(DID)) == make_session("1")
+            assert not writer.done()
+            other.execute("ROLLBACK")
+            writer.result(SOON)
+        assert store.get(DID) == make_session("2")
+
+
 def test_connections_that_no_fork_has_announced_are_kept_and_never_used(tmp_path: Path) -> None:
     """As after a fork from C code that tells Python only afterwards."""
     store = SQLiteStore(tmp_path / "sessions.db")

@@ -928,23 +928,25 @@ def test_nothing_is_left_of_a_writer_that_was_killed(tmp_path: Path, kind: str) 
     with closing(open_store(url)) as survivor:
         survivor.set(DID, session_with("first"))
         writer = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.killed_writer", url], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-m", "tests.programs.killed_writer", url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         assert writer.stdout is not None
-        with writer, writer.stdout:
+        with writer:
             assert writer.stdout.readline() == "in the middle\n"
             writer.kill()
         assert b"begun-token" in everything_in(tmp_path), "there is something to find"
-        assert survivor.get(DID) == session_with("second")
-    with closing(open_store(url)) as store:
-        assert store.get(DID) == session_with("second")
-        found = everything_in(tmp_path)
-        assert [secret for secret in (b"begun-token", b"begun-key") if secret in found] == []
-        store.delete(DID)
-        found = everything_in(tmp_path)
-        assert [
-            secret for secret in (b"first-token", b"first-key", b"second-token", b"second-key") if secret in found
-        ] == []
+        with closing(open_store(url)) as store:
+            assert survivor.get(DID) == store.get(DID) == session_with("second")
+            found = everything_in(tmp_path)
+            assert [secret for secret in (b"begun-token", b"begun-key") if secret in found] == []
+            store.delete(DID)
+            found = everything_in(tmp_path)
+            secrets = (b"first-token", b"first-key", b"second-token", b"second-key")
+            assert [secret for secret in secrets if secret in found] == []
 
 
 def test_a_log_that_somebody_reads_keeps_no_record_from_being_deleted(
@@ -1140,6 +1142,26 @@ def test_rotation_keeps_what_comes_in_between() -> None:
     store.set("gone", make_session("2"))
     assert rotate_encryption(store) == 1
     assert store.get(DID) == make_session("newer")
+
+
+def test_rotation_keeps_an_attempt_that_is_announced_meanwhile() -> None:
+    """Without it, another worker would believe that nothing was sent."""
+    announced = replace(make_session("1"), attempt=Attempt("a1", "host:12", 1.0, 2.0))
+
+    class Busy(MemoryStore[Session]):
+        reads = 0
+
+        def get(self, key: str) -> Session | None:
+            session = super().get(key)
+            self.reads += 1
+            if self.reads == 1:
+                self.set(key, announced)
+            return session
+
+    store = Busy()
+    store.set(DID, make_session("1"))
+    assert rotate_encryption(store) == 1
+    assert store.get(DID) == announced
 
 
 def test_a_long_list_of_failures_is_cut(tmp_path: Path) -> None:
