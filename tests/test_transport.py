@@ -287,8 +287,8 @@ def test_what_the_caller_was_handling_already_is_not_given_as_the_reason() -> No
 )
 def test_a_server_that_drips_is_left_in_time(script: Callable[[socket.socket], None]) -> None:
     began = time.monotonic()
-    error = failure(script, timeout=0.3)
-    assert error.sent
+    errors = (failure(script, timeout=timeout) for timeout in (0.3, 2.0, GENEROUS / 2))
+    error = next(error for error in errors if error.sent)  # a busy machine may need longer to connect
     assert "timed out" in str(error)
     assert time.monotonic() - began < GENEROUS
 
@@ -668,7 +668,7 @@ def test_outside_of_an_exchange_the_timeouts_of_the_request_hold() -> None:
 def test_an_answer_that_is_streamed_keeps_to_the_bounds_of_its_exchange() -> None:
     server = ScriptedServer(endless(b"HTTP/1.1 200 OK\r\n\r\n", b"a", pause=0.01))
     with server, session(allow_http=True) as http:
-        with Exchange(timeout=0.3):
+        with Exchange(timeout=2.0):
             streamed = http.get(f"http://127.0.0.1:{server.port}/", stream=True)
         with pytest.raises(requests.ConnectionError):
             b"".join(streamed.iter_content())
