@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any, Generic, TypeVar, cast
@@ -28,6 +28,8 @@ _START_WITHIN = 10.0
 #: How often a caller looks whether there is room for another flight, in seconds.
 _LOOK_FOR_ROOM = 0.02
 
+_NO_GROUPS: Mapping[str, int] = {}
+
 _log = logging.getLogger("atproto_session")
 #: The flights that this thread does the work of, the inner ones last.
 _here = threading.local()
@@ -43,16 +45,16 @@ class Fate(Enum):
 class Flight(Generic[T]):
     """One piece of work, seen by the thread that does it and by those that wait for it.
 
-    :param group: what it shares a bound with, or ``None``.
+    :param groups: what it shares bounds with, such as a server, and how many flights each of them may have.
     :ivar landed: the result, brought when the work is over, or before, if the work hands it out early.
     :ivar abandoned: set when the work is to stop; the ``cancel`` of every wait in it.
     :ivar over: brought when nothing of it runs any more.
     :ivar has_fetched: the result is new, and was not found in the store.
     """
 
-    def __init__(self, key: str, work: Callable[[Flight[T]], T], group: str | None = None) -> None:
+    def __init__(self, key: str, work: Callable[[Flight[T]], T], groups: Mapping[str, int] = _NO_GROUPS) -> None:
         self.key = key
-        self.group = group
+        self.groups = groups
         self.landed: Promise[T] = Promise()
         self.abandoned: Promise[None] = Promise()
         self.cancel = cast(threading.Event, self.abandoned)  # for locks, which ask no more than is_set() and wait()
@@ -184,15 +186,11 @@ class Flights(Generic[T]):
     """The flights of one getter that are in the air.
 
     :param most: how many there may be at a time.
-    :param most_of_group: how many of one group.
     :param thread_ended: called at the end of each thread.
     """
 
-    def __init__(
-        self, *, most: int = 24, most_of_group: int = 12, thread_ended: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, *, most: int = 32, thread_ended: Callable[[], None] | None = None) -> None:
         self._most = most
-        self._most_of_group = most_of_group
         self._thread_ended = thread_ended
         self._closed = False
         self.reset_after_fork()
@@ -208,14 +206,14 @@ class Flights(Generic[T]):
         return self._joinable.get(key)
 
     def board(
-        self, key: str, work: Callable[[Flight[T]], T], *, deadline: float, group: str | None = None
+        self, key: str, work: Callable[[Flight[T]], T], *, deadline: float, groups: Mapping[str, int] = _NO_GROUPS
     ) -> tuple[Flight[T], bool]:
         """The flight for ``key`` that is under way, or a new one that does ``work``; and whether it is new.
 
         :param deadline: how long to wait for room for another flight, in terms of ``time.monotonic()``.
         :raises SessionError: nothing is begun any more, or too much is under way.
         """
-        flight = Flight(key, work, group)
+        flight = Flight(key, work, groups)
         while True:
             under_way = self._joinable.get(key)
             if under_way is not None and under_way.is_here:
@@ -298,8 +296,9 @@ class Flights(Generic[T]):
         if _flights_here():
             return True  # it needs no thread of its own, and others would wait for what this thread does
         known = copy_of(self._all)
-        of_group = sum(each.group == flight.group for each in known)
-        return len(known) <= self._most and (flight.group is None or of_group <= self._most_of_group)
+        return len(known) <= self._most and all(
+            sum(group in each.groups for each in known) <= most for group, most in flight.groups.items()
+        )
 
     def _forget(self, flight: Flight[Any]) -> None:
         self._all.discard(flight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,10 +21,11 @@ from .locks import Locks
 from .login import LoginFlow
 from .metadata import ClientMetadata
 from .oauth_session import AccountAuth, OAuthSession, Signer
+from .records import log
 from .server import AccountAuthority
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent
 from .session_getter import SessionGetter
-from .stores import EncryptionKeys, SessionStore, complete, open_store
+from .stores import EncryptionKeys, SessionStore, complete, is_safe_between_processes, open_store
 from .terms import Times
 from .transport import Transport
 
@@ -67,9 +68,13 @@ class OAuthClient:
     :param freshness: when tokens count as stale.
     :param on_interrupted: see :class:`.SessionGetter`.
     :param times: what bounds a refresh in time; the defaults are for servers on the Internet.
+    :param strict: refuse answers without a DPoP nonce, as the AT Protocol says, and not only warn of them once for each
+        server. Some servers give none.
+    :param trusted_hosts: names, addresses and networks (such as ``"172.16.0.0/12"``) that may be private, for
+        development and self-hosting; with ``allow_http`` over http, too.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
-    :raises ValueError: ``on_interrupted`` is neither of the two.
+    :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class OAuthClient:
         freshness: Freshness | None = None,
         on_interrupted: Literal["retry", "fail"] = "retry",
         times: Times | None = None,
+        strict: bool = False,
+        trusted_hosts: Iterable[str] = (),
     ) -> None:
         warm_up()
         metadata.check_with_keyset(keyset)
@@ -103,11 +110,19 @@ class OAuthClient:
             if isinstance(store, str)
             else store
         )
+        if not is_safe_between_processes(self._store, locks):
+            log.warning(
+                "the sessions in %r are safe between the threads of one process only: give the store a replace(), or "
+                "give the client locks that all processes share",
+                self._store,
+            )
         self._timeout = timeout
         self._allow_http = allow_http
-        self._nonces = NonceCache()
-        self._transport = Transport(allow_http=allow_http)
-        self._pool = HardenedAdapter(allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS)
+        self._nonces = NonceCache(strict=strict)
+        self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts)
+        self._pool = HardenedAdapter(
+            allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS, trusted_hosts=self._transport.trusted_hosts
+        )
         self._identities = IdentityResolver(
             self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
         )

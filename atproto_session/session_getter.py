@@ -33,6 +33,11 @@ from .steps import Protocol
 from .stores import SessionStore, complete
 from .terms import Terms, Times, Wanted
 
+#: How many refreshes there may be at a time of accounts of one PDS, and of one authorization server. A server that does
+#: not answer keeps no account of another one waiting.
+_MOST_OF_PDS = 8
+_MOST_OF_ISSUER = 16
+
 
 class SessionGetter:
     """The sessions of a store, each kept alive.
@@ -175,13 +180,15 @@ class SessionGetter:
         """The result of the refresh that is under way, or of a new one. Those who wait share it, its failure too."""
 
         # A flight outlives callers who are in a hurry, and is of use to those who are not.
+        tokens = wanted.seen.token_set
+        groups = {tokens.iss: _MOST_OF_ISSUER, tokens.aud: _MOST_OF_PDS}
         world = replace(self._world, lock_within=max(self._timeout, deadline - time.monotonic()))
 
         def work(flight: Flight[Session]) -> Session:
             return drive(flight, self._protocol(sub, wanted, self._terms).run(), world)
 
         while True:
-            flight, is_mine = self._flights.board(sub, work, deadline=deadline, group=wanted.seen.token_set.iss)
+            flight, is_mine = self._flights.board(sub, work, deadline=deadline, groups=groups)
             if not (is_mine or wanted.waits):
                 raise LockTimeoutError(f"{sub} is being refreshed by another thread")
             try:

@@ -259,9 +259,9 @@ def test_a_server_that_refuses_the_request(network: LocalNetwork, client: OAuthC
 @pytest.mark.duty(28)
 @pytest.mark.parametrize("endpoint", ["par", "token"])
 def test_a_strict_client_refuses_an_answer_without_a_nonce(
-    endpoint: str, network: LocalNetwork, client: OAuthClient, account: Account
+    endpoint: str, network: LocalNetwork, account: Account
 ) -> None:
-    client._nonces._strict = True
+    client = OAuthClient(ClientMetadata.loopback(), store="memory:", strict=True, **network.client_options())
     url = client.authorize(account.did)
     if endpoint == "token":
         callback = network.authorize(url, account)
@@ -269,6 +269,22 @@ def test_a_strict_client_refuses_an_answer_without_a_nonce(
     with pytest.raises(TransportError, match="nonce"):
         client.authorize(account.did) if endpoint == "par" else client.callback(callback)
     assert network.revocations == (endpoint == "token"), "what was issued is given back"
+    client.close()
+
+
+def test_a_store_that_two_processes_cannot_share_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with OAuthClient(ClientMetadata.loopback(), store={}):  # type: ignore[arg-type]
+        pass
+    assert "one process only" in caplog.text
+    caplog.clear()
+    with OAuthClient(ClientMetadata.loopback(), store="memory:"):
+        pass
+    assert caplog.text == ""
+
+
+def test_trusted_hosts_that_are_none() -> None:
+    with pytest.raises(ValueError, match="trusted_hosts"):
+        OAuthClient(ClientMetadata.loopback(), store="memory:", trusted_hosts=["http://pds"])
 
 
 def test_an_unknown_store_and_an_unwritable_place(network: LocalNetwork) -> None:

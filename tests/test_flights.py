@@ -14,8 +14,8 @@ from atproto_session._threads import start_thread
 from .core import SOON, Gate, Worker, wait_until
 
 
-def board(flights: Flights[str], key: str, result: str = "", *, group: str | None = None) -> Flight[str]:
-    return flights.board(key, lambda flight: result, deadline=time.monotonic() + SOON, group=group)[0]
+def board(flights: Flights[str], key: str, result: str = "") -> Flight[str]:
+    return flights.board(key, lambda flight: result, deadline=time.monotonic() + SOON)[0]
 
 
 def landed(flight: Flight[str]) -> str:
@@ -179,10 +179,10 @@ def test_one_that_never_begins_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_more_than_so_many_are_in_the_air() -> None:
-    gate, flights = Gate(), Flights[str](most=3, most_of_group=2)
+    gate, flights = Gate(), Flights[str](most=3)
 
     def begin(key: str, group: str, deadline: float = 0.0) -> Flight[str]:
-        return flights.board(key, lambda flight: gate() or key, deadline=deadline, group=group)[0]
+        return flights.board(key, lambda flight: gate() or key, deadline=deadline, groups={group: 2})[0]
 
     begun = [begin("a", "dark"), begin("b", "dark")]
     with pytest.raises(SessionError, match="too much else is under way") as caught:

@@ -221,7 +221,7 @@ def test_a_herd_of_threads_and_processes_refreshes_once(
     did, options = pds_account.did, real_pds.client_options()
     with application.deploy(TWO, ONE) as client:
         log_in(real_pds, client, pds_account)
-        setup = {"metadata": client.metadata_document(), "jwks": {"keys": [TWO, ONE]}}
+        setup: dict[str, Any] = {"metadata": client.metadata_document(), "jwks": {"keys": [TWO, ONE]}}
         with Crew(application.store, did, options, processes=PROCESSES, **setup) as crew:
             for round_ in range(ROUNDS):
                 store_tokens(client, did, expires_at=datetime.fromtimestamp(1, UTC))
