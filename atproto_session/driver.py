@@ -112,9 +112,9 @@ class _Driver:
                 return self._extend(seconds)
             case steps.Now():
                 return world.clock()
-            case steps.Sign():
+            case steps.Sign(window, lock):
                 now = world.clock()
-                return Attempt(uuid.uuid4().hex, this_worker(), now, now)
+                return Attempt(uuid.uuid4().hex, this_worker(), now, now + window, lock=lock)
             case steps.LifeOf(by):
                 return life_of(by)
             case steps.Wait(seconds):

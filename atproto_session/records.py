@@ -11,14 +11,17 @@ from dataclasses import replace
 
 from . import steps
 from .errors import (
+    AuthMethodUnsatisfiableError,
     LockTimeoutError,
     SessionError,
     SessionNotFoundError,
     StoreError,
     TokenRefreshError,
+    TokenRevokedError,
     printable,
 )
-from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
+from .keys import load_private_key
+from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet, subject_of
 from .steps import Protocol
 
 log = logging.getLogger("atproto_session")
@@ -45,6 +48,35 @@ def check_client(key: str, session: Session, client_id: str | None) -> None:
             f"the session {printable(key)} was given to the client {printable(session.client_id or '', 300)}, and this "
             f"is {printable(client_id or '', 300)}: use it with that client, or log in again with this one"
         )
+
+
+def newer(key: str, current: Session | None) -> Session:
+    """What took the place of the session that was being refreshed.
+
+    :raises TokenRevokedError: nothing did.
+    """
+    if current is None:
+        raise TokenRevokedError(f"the session {printable(key)} was signed out while it was being refreshed")
+    return current
+
+
+def holds_spent_token(current: Session | None, spent: TokenSet, successor: Session) -> bool:
+    """Whether the record still has the refresh token that was spent, beside something that has changed."""
+    if current is None or not current.is_same_grant(successor):
+        return False
+    tokens = current.token_set
+    return tokens.refresh_token == spent.refresh_token and not tokens.has_same_tokens(successor.token_set)
+
+
+def check_key(key: str, session: Session) -> None:
+    """
+    :raises AuthMethodUnsatisfiableError: the DPoP key cannot be used. Another worker, of a later release, may know what
+        to do with it: the session is kept.
+    """
+    try:
+        load_private_key(session.dpop_key)
+    except ValueError as error:
+        raise AuthMethodUnsatisfiableError(f"the DPoP key of the session {key} cannot be used: {error}") from error
 
 
 def log_in(key: str, session: Session) -> Protocol[None]:

@@ -1,11 +1,8 @@
-"""How a refresh happens.
+"""How a refresh happens, from top to bottom.
 
-A refresh token works once. :class:`Refresh` is the only way to where one is spent. Read it from top to bottom: that is
-the order in which it happens. The record in the store keeps workers apart: before a token is spent, an *attempt* is
-written into the record by compare-and-set, and of all workers that have read one record, one succeeds. The account's
-lock lets the others wait cheaply.
-
-The steps that it yields are those of :mod:`.steps`.
+A refresh token works once, and :class:`Refresh` is the only way to where one is spent. The record keeps workers apart:
+before a token is spent, an *attempt* is written into it by compare-and-set, and of all workers that have read one
+record, one succeeds. The account's lock lets the others wait cheaply. The steps are those of :mod:`.steps`.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from dataclasses import replace
 from . import steps
 from ._worker import Life
 from .errors import (
-    AuthMethodUnsatisfiableError,
     CancelledError,
     LockTimeoutError,
     OAuthResponseError,
@@ -23,26 +19,22 @@ from .errors import (
     SessionError,
     StoreError,
     TokenRefreshError,
-    TokenRevokedError,
     TransportError,
 )
-from .keys import load_private_key
 from .locks import LockKind
-from .records import check_client, found, log, remove, updated
+from .records import check_client, check_key, found, holds_spent_token, log, newer, remove, updated
 from .rests import OAUTH_ERRORS, check_rest, rest_after
 from .session import Attempt, Session, fault_in
 from .steps import Protocol, Request
 from .terms import Terms, Wanted
 
-#: How often a refresh begins anew because another worker came first.
-_ROUNDS = 10
+_ROUNDS = 10  # how often a refresh begins anew because another worker came first
 
 
 class Refresh:
     """One refresh of the session under ``key``.
 
-    :ivar session: the session as it was found.
-    :ivar record: the same as it is in the store, as far as is known: with the attempt, once that is written.
+    :ivar session: the session as it was found; ``record``, as it is in the store by now, with the attempt.
     """
 
     def __init__(self, key: str, wanted: Wanted, terms: Terms) -> None:
@@ -54,8 +46,7 @@ class Refresh:
         self.lock = ""
 
     def run(self) -> Protocol[Session]:
-        """Brings a session that the caller wants, or raises. Up to the commit anything may stop it, and nothing is
-        lost."""
+        """Brings a session that the caller wants. Up to the commit anything may stop it, and nothing is lost."""
         request: Request | None = None
         for _ in range(_ROUNDS):
             prepared = self.session
@@ -68,7 +59,7 @@ class Refresh:
             if self.wanted.is_met_by(self.session):
                 return self.session  # another worker was faster
             yield from self._check()
-            if not _has_same_server(prepared, self.session):
+            if not self.session.has_same_server(prepared):
                 request = None  # a new log-in
             elif (yield from self._announce()):
                 return (yield from self._spend(request))
@@ -77,33 +68,25 @@ class Refresh:
 
     def _check(self) -> Protocol[None]:
         """Stop here if the record cannot be refreshed at all, or not yet."""
-        session = self.session
-        check_client(self.key, session, self.terms.client_id)
-        if session.token_set.refresh_token is None:
+        check_client(self.key, self.session, self.terms.client_id)
+        if self.session.token_set.refresh_token is None:
             why = TokenRefreshError(f"the session {self.key} was issued without a refresh token; log in again")
-            yield from remove(self.key, session, why)
+            yield from remove(self.key, self.session, why)
             raise why
-        try:
-            load_private_key(session.dpop_key)
-        except ValueError as error:  # another worker, of a later release, may know what to do with it
-            raise AuthMethodUnsatisfiableError(
-                f"the DPoP key of the session {self.key} cannot be used: {error}"
-            ) from error
-        check_rest(session.rest, (yield steps.Now()), self.times)
+        check_key(self.key, self.session)
+        check_rest(self.session.rest, (yield steps.Now()), self.times)
 
     def _prepare(self) -> Protocol[Request]:
         try:
             return (yield steps.Prepare(self.session))  # type: ignore[no-any-return]
-        except (CancelledError, StoreError, LockTimeoutError):
-            raise
         except SessionError as error:
-            if error.retryable:
+            if error.retryable and not isinstance(error, CancelledError | StoreError | LockTimeoutError):
                 yield from self._leave(self.session.attempt, error)
             raise
 
     def _look_again(self) -> Protocol[None]:
         """The record may be another one by now."""
-        self.session = self.record = found(self.key, self._newer((yield steps.Read())))
+        self.session = self.record = found(self.key, newer(self.key, (yield steps.Read())))
 
     def _outwait(self) -> Protocol[None]:
         """Wait until the answer to the attempt in the record is there, or can no longer come."""
@@ -121,11 +104,8 @@ class Refresh:
             yield steps.Wait(wait)
             waited += wait
             yield from self._look_again()
-        is_lost = self.session.attempt is not None and not self.wanted.is_met_by(self.session)
-        if is_lost and self.terms.on_interrupted == "fail":
-            why = (
-                f"the answer to an earlier refresh of {self.key} may be lost, and is not asked for again; log in again"
-            )
+        if self.session.attempt and not self.wanted.is_met_by(self.session) and self.terms.on_interrupted == "fail":
+            why = f"the answer to a refresh of {self.key} may be lost, and is not asked for again; log in again"
             raise TokenRefreshError(why, answer_lost=True)
 
     def _is_over(self, attempt: Attempt) -> Protocol[bool]:
@@ -142,7 +122,10 @@ class Refresh:
         may have been spent. Brings ``False`` if another worker came first; then nothing is sent."""
         if not (yield from self._has_lock()):
             return False
-        attempted = replace(self.session, attempt=(yield from self._new_attempt()))
+        attempt, earlier = (yield steps.Sign(self.times.window, self.lock)), self.session.attempt
+        if earlier is not None:
+            attempt = replace(attempt, answers_lost=earlier.answers_lost + 1)
+        attempted = replace(self.session, attempt=attempt)
         try:
             is_mine = yield from self._write(attempted)
             is_mine = is_mine and (yield from self._has_lock()) and (yield from self._is_in_store(attempted))
@@ -159,16 +142,6 @@ class Refresh:
 
     def _has_lock(self) -> Protocol[bool]:
         return (yield steps.Extend(self.times.window))  # type: ignore[no-any-return]
-
-    def _new_attempt(self) -> Protocol[Attempt]:
-        attempt: Attempt = yield steps.Sign()
-        earlier = self.session.attempt
-        return replace(
-            attempt,
-            answer_by=attempt.started_at + self.times.window,
-            answers_lost=0 if earlier is None else earlier.answers_lost + 1,
-            lock=self.lock,
-        )
 
     def _write(self, record: Session) -> Protocol[bool]:
         """Put ``record`` in the place of what is known to be in the store, attempt included."""
@@ -234,8 +207,10 @@ class Refresh:
         spent, failures, tried_for, pause = self.session.token_set, list[Exception](), 0.0, 0.05
         while True:
             try:
-                is_stored = yield steps.Replace(successor, spent)
-                current = successor if is_stored else (yield steps.Read())
+                current = successor if (yield steps.Replace(successor, spent)) else (yield steps.Read())
+                if holds_spent_token(current, spent, successor):
+                    spent = current.token_set
+                    raise StoreError("the record has changed in the meantime")  # noqa: TRY301 - and is tried again
             except Exception as error:  # noqa: BLE001 - whatever it is, the tokens are there and paid for
                 failures = [*failures[-9:], error]
                 if tried_for >= self.times.store_for:
@@ -248,16 +223,11 @@ class Refresh:
                 continue
             if current is None or not current.is_same_grant(successor):  # logged out, or in anew, meanwhile
                 yield steps.Revoke(successor)
-                return self._newer(current)
-            if current.token_set.has_same_tokens(successor.token_set):  # stored now, or by a try that seemed to fail
-                yield steps.Tell(updated(self.key, successor))
-                return successor
-            if current.token_set.refresh_token != spent.refresh_token:
-                return current
-            spent = current.token_set  # another has written it with the same refresh token
-            failures, tried_for = [*failures[-9:], StoreError("the record changes all the time")], tried_for + pause
-            if tried_for >= self.times.store_for:
-                break
+                return newer(self.key, current)
+            if not current.token_set.has_same_tokens(successor.token_set):
+                return current  # another worker has refreshed it since
+            yield steps.Tell(updated(self.key, successor))  # stored now, or by a try that seemed to fail
+            return successor
         end = "was ended at its server" if (yield steps.Revoke(successor)) else "could not be ended at its server"
         lost = StoreError(f"the refreshed session {self.key} could not be stored, and {end}; log in again")
         try:
@@ -268,7 +238,6 @@ class Refresh:
         raise lost from ExceptionGroup("what the store said", failures)
 
     def _refused(self, error: OAuthResponseError) -> Protocol[Session]:
-        """The server answered with an error."""
         if error.error == "invalid_grant" and error.status < 500:
             return (yield from self._end(error))
         # A gateway that answers 5xx may have cut off the answer of the server behind it.
@@ -280,8 +249,7 @@ class Refresh:
             yield from self._leave(self._given_up(), error)
         if error.status == 400 and error.error not in OAUTH_ERRORS and self.terms.is_expired(self.session.token_set):
             # Some servers say so of a refresh token that is dead. The session is kept all the same.
-            why = f"the session {self.key} has expired and its server does not refresh it ({error}); log in again"
-            raise TokenRefreshError(why) from error
+            raise TokenRefreshError(f"the session {self.key} cannot be refreshed ({error}); log in again") from error
         raise error
 
     def _end(self, error: OAuthResponseError) -> Protocol[Session]:
@@ -290,15 +258,11 @@ class Refresh:
             yield steps.Wait(self.times.patience)
         is_lost = self.session.attempt is not None or self.session.after_lost_answer
         why = "the answer to an earlier refresh had been lost" if is_lost else "the server refused its refresh token"
-        over = TokenRefreshError(
-            f"the session {self.key} is over: {why} ({error}); log in again",
-            answer_lost=is_lost,
-            error=error.error,
-            error_description=error.error_description,
-        )
-        if (yield from remove(self.key, self.session, over)):
-            raise over from error
-        return self._newer((yield steps.Read()))
+        why = f"the session {self.key} is over: {why} ({error}); log in again"
+        over = TokenRefreshError(why, answer_lost=is_lost, error=error.error, error_description=error.error_description)
+        if not (yield from remove(self.key, self.session, over)):
+            return newer(self.key, (yield steps.Read()))
+        raise over from error
 
     def _interrupted(self, error: Exception) -> Protocol[SessionError]:
         """The answer is lost, or cannot be read. Nobody knows whether the token was spent."""
@@ -310,24 +274,23 @@ class Refresh:
     def _discard(self, successor: Session, fault: str) -> Protocol[Session]:
         """The server issued tokens that must not be used."""
         over = TokenRefreshError(f"the session {self.key} is over: the server issued {fault}; log in again")
-        newer = None
+        current: Session | None = None
         try:
             if not (yield from remove(self.key, self.session, over)):
-                newer = yield steps.Read()
+                current = yield steps.Read()
         except SessionError as error:
             log.warning("the session %s could not be deleted: %s", self.key, error)
-        if newer is None or not newer.is_same_grant(self.session):
+        if current is None or not current.is_same_grant(self.session):
             yield steps.Revoke(successor)
-        if newer is None:
+        if current is None:
             raise over
-        return newer  # type: ignore[no-any-return]
+        return current
 
     def _leave(self, attempt: Attempt | None, error: SessionError | None = None) -> Protocol[None]:
         """Leave the record with ``attempt``, and with a rest for the server after ``error``."""
-        rest = self.record.rest
+        left = replace(self.record, attempt=attempt)
         if error is not None:
-            rest = rest_after(error, rest, (yield steps.Now()), self.times)
-        left = replace(self.record, attempt=attempt, rest=rest)
+            left = replace(left, rest=rest_after(error, left.rest, (yield steps.Now()), self.times))
         try:
             if left != self.record:
                 yield from self._write(left)
@@ -337,13 +300,3 @@ class Refresh:
 
     def _given_up(self) -> Attempt | None:
         return self.record.attempt and replace(self.record.attempt, is_over=True)
-
-    def _newer(self, current: Session | None) -> Session:
-        """What took the place of the session in the store."""
-        if current is None:
-            raise TokenRevokedError(f"the session {self.key} was signed out while it was being refreshed")
-        return current
-
-
-def _has_same_server(one: Session, other: Session) -> bool:
-    return one.token_set.iss == other.token_set.iss and one.auth_method == other.auth_method

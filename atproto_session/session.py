@@ -148,6 +148,10 @@ class Session:
         if type(self.dpop_key) is not ReadOnly:
             object.__setattr__(self, "dpop_key", ReadOnly(self.dpop_key))
 
+    def has_same_server(self, other: Session) -> bool:
+        """Whether both are refreshed by the same authorization server, in the same way."""
+        return self.token_set.iss == other.token_set.iss and self.auth_method == other.auth_method
+
     def is_same_grant(self, other: Session) -> bool:
         """Whether both come from the same log-in."""
         return all(self.dpop_key.get(name) == other.dpop_key.get(name) for name in ("crv", "x", "y"))

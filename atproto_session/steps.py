@@ -80,7 +80,14 @@ class Now(Step):
 
 @dataclass(frozen=True)
 class Sign(Step):
-    """Brings a new :class:`.Attempt` of this worker, which begins and ends now."""
+    """Brings a new :class:`.Attempt` of this worker, which begins now.
+
+    :ivar window: in how many seconds it ends.
+    :ivar lock: the lock that it is made under.
+    """
+
+    window: float
+    lock: str
 
 
 @dataclass(frozen=True)

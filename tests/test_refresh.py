@@ -70,8 +70,8 @@ class World:
                 return True
             case s.Now():
                 return self.now
-            case s.Sign():
-                return Attempt("mine", "here", self.now, self.now)
+            case s.Sign(window, lock):
+                return Attempt("mine", "here", self.now, self.now + window, lock=lock)
             case s.LifeOf():
                 return Life.UNKNOWN
             case s.Wait(seconds):

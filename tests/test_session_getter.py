@@ -966,7 +966,7 @@ def test_those_who_wait_get_the_new_tokens_while_the_store_fails() -> None:
 
 def test_a_record_that_never_holds_still() -> None:
     store = FailingStore()
-    rig = Rig(expired_session(), store, times=replace(QUICK, store_for=0.1))
+    rig = Rig(expired_session(), store, times=replace(QUICK, store_for=0.0))
     count = iter(range(100))
 
     def disturb(key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:

@@ -540,7 +540,7 @@ def test_parent_and_children_draw_different_numbers(scene: ForkScene) -> None:
 def draw(client: OAuthClient, did: str) -> dict[str, object]:
     client.sessions.get_session(did)
     signed = proof(KEY, "GET", "https://pds.example.com/", clock=lambda: 0.0)
-    attempt = _Driver(Flight(did, lambda flight: None), client.sessions._world).do(steps.Sign())
+    attempt = _Driver(Flight(did, lambda flight: None), client.sessions._world).do(steps.Sign(1.0, ""))
     return {
         "jti": jwt.decode(signed, options={"verify_signature": False})["jti"],
         "signature": jwt.encode({}, load_private_key(KEY), algorithm="ES256").rpartition(".")[2][:32],
