@@ -155,7 +155,7 @@ class LoginFlow:
         ticket = given.get("state")
         document = self._logins.take(ticket) if ticket else None
         if ticket is None or document is None:
-            if "error" in given:  # some servers lose the state when they refuse
+            if "error" in given and not ticket:  # some servers lose the state when they refuse
                 raise OAuthCallbackError(f"the log-in failed: {_said(given)}", params=given)
             raise OAuthCallbackError(
                 "this log-in was not begun here, took longer than an hour, or has been ended already; begin it again",

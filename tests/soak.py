@@ -144,8 +144,8 @@ class Owner:
         began = time.monotonic()
         for _ in range(20):
             try:
-                url = self._client.authorize(did)
-                self._client.callback(self._network.authorize(url, account))
+                url = self._client.authorize(did, timeout=30.0)
+                self._client.callback(self._network.authorize(url, account), timeout=30.0)
             except SessionError:
                 continue
             self._totals.log_ins += 1

@@ -434,10 +434,10 @@ def test_a_log_in_during_a_refresh_is_not_replaced_by_it(
 ) -> None:
     did = session.did
     with another_worker(real_pds, client, store, timeout=0.2) as impatient:
-        url = browser.authorize(impatient.authorize(did), pds_account)
+        url = browser.authorize(impatient.authorize(did, timeout=SOON), pds_account)
         # The log-in has a token request of its own, which is not the one that is to come late.
         with refresh_under_way(real_pds, client, did) as work:
-            impatient.callback(url)
+            impatient.callback(url, timeout=SOON)
             newer = stored(client, did)
     assert work.outcome() == newer
     assert stored(client, did) == newer
@@ -459,10 +459,10 @@ def test_a_refusal_that_comes_after_a_log_in_does_not_end_it(
     by_hand.client.refresh(by_hand.tokens.refresh)  # by a thief, say
     real_pds.proxy.reset()
     with another_worker(real_pds, client, store, timeout=0.2) as impatient:
-        url = browser.authorize(impatient.authorize(did), pds_account)
+        url = browser.authorize(impatient.authorize(did, timeout=SOON), pds_account)
         with refresh_under_way(real_pds, client, did) as work:
             assert spends(real_pds) == [400]
-            impatient.callback(url)
+            impatient.callback(url, timeout=SOON)
             newer = stored(client, did)
     assert work.outcome() == newer
     assert stored(client, did) == newer

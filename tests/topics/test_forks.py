@@ -423,7 +423,7 @@ def test_no_lock_that_is_taken_in_the_parent_stops_a_child(
         client.callback(network.authorize(client.authorize(account.did), account))
         assert client.restore(account.did).get(GET_SESSION).status_code == 200
         locks = locks_in(client)
-        assert len(locks) >= 8
+        assert locks
         taken, over = threading.Event(), threading.Event()
 
         def take_all() -> None:

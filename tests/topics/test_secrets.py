@@ -57,7 +57,7 @@ class NosyStore(SQLiteStore):
         put = self.logins.put
 
         def nosy_put(state: str, document: dict[str, Any], expires_at: float) -> None:
-            secrets.update((document["verifier"], document["dpopJwk"]["d"]))
+            secrets.update((document["verifier"], document["dpop_key"]["d"]))
             put(state, document, expires_at)
 
         self.logins.put = nosy_put  # type: ignore[method-assign]
