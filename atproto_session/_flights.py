@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any, Generic, TypeVar, cast
 
 from ._fork import copy_of, is_ending, land_at_end, reset_in_child
-from ._threads import Promise, spawn, start_thread
+from ._threads import Promise, begin, spawn
 from .errors import CancelledError, LockTimeoutError, SessionError, printable
 
 T = TypeVar("T")
@@ -318,10 +318,9 @@ class Flights(Generic[T]):
                 if self._thread_ended is not None:
                     _call(flight.key, self._thread_ended)
 
-        # A daemon: the end of the program waits for what is committed by itself (see _fork), and for nothing else.
-        thread = threading.Thread(target=run, name=f"atproto_session {flight.key}", daemon=True)
+        # The end of the program waits for what is committed by itself (see _fork), and for no thread.
         try:
-            start_thread(thread)
+            begin(run, f"atproto_session {flight.key}")
         except RuntimeError as error:
             raise _not_started(flight.key) from error
 

@@ -29,6 +29,13 @@ _PATIENCE = 0.5
 _TRIES = 10
 
 
+#: How many threads are kept for more work, and what they are called meanwhile.
+_MOST_IDLE = 64
+_IDLE = "atproto_session idle"
+
+_Job = tuple[Callable[[], None], str]
+
+
 class Promise(Generic[T]):
     """A result that one thread brings and any number wait for. The first result counts; later ones change nothing.
 
@@ -115,8 +122,55 @@ def spawn(work: Callable[[], T], name: str) -> Promise[T]:
         except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the result
             promise.set(error=error)
 
-    start_thread(threading.Thread(target=run, name=name, daemon=True))
+    begin(run, name)
     return promise
+
+
+def begin(work: Callable[[], None], name: str) -> None:
+    """Do ``work``, which raises nothing, in a thread that does not keep the interpreter from exiting.
+
+    :raises RuntimeError: no thread can be started.
+    """
+    _crew.begin(work, name)
+
+
+class _Crew:
+    """Threads that have done their work, and wait for more.
+
+    Not to save the start of a thread: a thread that has signed something leaves OpenSSL when it ends, and a process
+    that is forked in just that moment has a child in which no signature ever ends (measured with OpenSSL 3: 5 of 72
+    children that were forked right after a log-in). Threads that wait are in nobody's way.
+    """
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        self._idle: list[SimpleQueue[_Job]] = []
+
+    def begin(self, work: Callable[[], None], name: str) -> None:
+        check_not_patched_late()
+        try:
+            self._idle.pop().put((work, name))
+        except IndexError:
+            jobs: SimpleQueue[_Job] = SimpleQueue()
+            jobs.put((work, name))
+            start_thread(threading.Thread(target=self._work, args=(jobs, self._idle), name=name, daemon=True))
+
+    def _work(self, jobs: SimpleQueue[_Job], idle: list[SimpleQueue[_Job]]) -> None:
+        thread = threading.current_thread()
+        while True:
+            work, thread.name = jobs.get()
+            work()
+            del work  # and all that it holds
+            thread.name = _IDLE
+            if len(idle) >= _MOST_IDLE:
+                return
+            idle.append(jobs)
+
+
+_crew = _Crew()
 
 
 def start_thread(thread: threading.Thread) -> None:
@@ -124,7 +178,6 @@ def start_thread(thread: threading.Thread) -> None:
 
     :raises RuntimeError: no thread can be started.
     """
-    check_not_patched_late()
     if sys.version_info >= (3, 12):
         thread.start()
     else:

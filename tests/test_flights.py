@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from atproto_session import CancelledError, LockTimeoutError, SessionError, _fork
 from atproto_session._flights import Flight, Flights
-from atproto_session._threads import start_thread
+from atproto_session._threads import _crew, begin
 
 from .core import SOON, Gate, Worker, wait_until
 
@@ -126,6 +127,7 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_crew, "_idle", [])
     flights: Flights[str] = Flights()
     with pytest.raises(SessionError, match="no thread") as caught:
         board(flights, "a")
@@ -139,12 +141,12 @@ def test_the_handler_of_a_signal_may_fetch_while_a_flight_starts(monkeypatch: py
     signals = [lambda: board(flights, "a", "inner")]
     inner: list[Flight[str]] = []
 
-    def interrupted(thread: threading.Thread) -> None:
+    def interrupted(work: Callable[[], None], name: str) -> None:
         if signals:
             inner.append(signals.pop()())
-        start_thread(thread)
+        begin(work, name)
 
-    monkeypatch.setattr("atproto_session._flights.start_thread", interrupted)
+    monkeypatch.setattr("atproto_session._flights.begin", interrupted)
     outer = Worker(lambda: board(flights, "a", "outer")).outcome()
     assert isinstance(outer, Flight)
     assert (landed(outer), landed(inner[0])) == ("outer", "inner")
@@ -160,6 +162,7 @@ def test_an_interrupt_while_a_flight_starts_abandons_it(monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupt)
+    monkeypatch.setattr(_crew, "_idle", [])
     flights: Flights[bool] = Flights()
     outcome: list[bool] = []
     with pytest.raises(KeyboardInterrupt):

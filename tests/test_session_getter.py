@@ -33,7 +33,7 @@ from atproto_session import (
     TransportError,
     _flights,
 )
-from atproto_session._threads import start_thread
+from atproto_session._threads import begin
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt, Rest
 
@@ -1482,14 +1482,13 @@ def test_nothing_is_refreshed_after_the_end() -> None:
 
 def test_a_signals_handler_may_close_what_is_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(expired_session())
-    start = start_thread
 
-    def interrupted(thread: threading.Thread) -> None:
+    def interrupted(work: Callable[[], None], name: str) -> None:
         rig.getter.close()  # as a handler would, of a signal that comes at this moment
-        start(thread)
+        begin(work, name)
 
     monkeypatch.setattr(_flights, "_START_WITHIN", 0.01)
-    monkeypatch.setattr(_flights, "start_thread", interrupted)
+    monkeypatch.setattr(_flights, "begin", interrupted)
     with pytest.raises(CancelledError, match="it is closed"):
         rig.get()
     assert rig.authority.sends == 0
@@ -1502,23 +1501,24 @@ def test_whoever_closes_from_within_does_not_wait_for_himself() -> None:
 
 
 def test_work_that_is_over_at_once_is_joined_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start_and_wait(thread: threading.Thread) -> None:
-        start_thread(thread)
-        thread.join(SOON)
+    def begin_and_wait(work: Callable[[], None], name: str) -> None:
+        over = threading.Event()
+        begin(lambda: work() or over.set(), name)  # type: ignore[func-returns-value]
+        assert over.wait(SOON)
 
     rig = Rig(expired_session())
-    monkeypatch.setattr(_flights, "start_thread", start_and_wait)
+    monkeypatch.setattr(_flights, "begin", begin_and_wait)
     assert rig.get().token_set.access_token == "access-2"
     assert not rig.getter._flights.get(DID)
     assert rig.get(True).token_set.access_token == "access-3"
 
 
 def test_a_log_in_for_which_no_thread_can_be_started_is_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(thread: threading.Thread) -> None:
+    def refuse(work: Callable[[], None], name: str) -> None:
         raise RuntimeError("can't start new thread")
 
     rig = Rig()
-    monkeypatch.setattr(_flights, "start_thread", start)
+    monkeypatch.setattr(_flights, "begin", refuse)
     with pytest.raises(SessionError, match="no thread"):
         rig.getter.set_stored(DID, make_session())
     assert rig.authority.revoked == ["refresh-1"]

@@ -126,13 +126,33 @@ def test_what_spawned_work_returns_and_raises() -> None:
         bad.result()
 
 
+def test_threads_that_have_done_their_work_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = _threads._Crew()
+    seen: list[tuple[int, str]] = []
+
+    def note() -> None:
+        thread = threading.current_thread()
+        seen.append((threading.get_ident(), thread.name))
+
+    crew.begin(note, "one")
+    wait_until(lambda: crew._idle)
+    crew.begin(note, "two")
+    wait_until(lambda: crew._idle)
+    assert len({number for number, _ in seen}) == 1
+    assert [name for _, name in seen] == ["one", "two"]
+    monkeypatch.setattr(_threads, "_MOST_IDLE", 0)
+    crew.begin(note, "three")
+    wait_until(lambda: len(seen) == 3 and not any(each.ident == seen[2][0] for each in threading.enumerate()))
+    assert crew._idle == []
+
+
 def test_gevent_that_patches_too_late_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Patched:
         """Stands for gevent's."""
 
     monkeypatch.setattr("queue.SimpleQueue", Patched)
     with pytest.raises(SessionError, match="before anything else is imported"):
-        start_thread(threading.Thread(target=lambda: None))
+        spawn(lambda: None, "late")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
