@@ -454,11 +454,13 @@ def _did_given(did: object, where: str) -> str:
         raise IdentityError(f"{where} has no usable DID: {error}", reason=error.reason) from None
 
 
-def _several(urls: str | Sequence[str] | None) -> Sequence[str]:
-    return () if urls is None else (urls,) if isinstance(urls, str) else urls
+def _several(urls: Any) -> Sequence[Any]:
+    if urls is None:
+        return ()
+    return urls if isinstance(urls, list | tuple) else (urls,)
 
 
-def _service_url(name: str, url: str, transport: Transport, *, allow_http: bool) -> str:
+def _service_url(name: str, url: object, transport: Transport, *, allow_http: bool) -> str:
     try:
         return check_url(url, allow_http=allow_http, trusted=transport.trusted_hosts).rstrip("/")
     except ValueError as error:

@@ -974,3 +974,10 @@ def test_a_service_that_is_no_url_is_a_configuration_error(name: str) -> None:
     with pytest.raises(ClientMetadataError, match=f"{name} does not use https") as caught:
         IdentityResolver(Transport(), **{name: "http://localhost:2582"})  # type: ignore[arg-type]
     assert caught.value.field == name
+
+
+@pytest.mark.parametrize("url", [5, b"https://resolver.example.com", [None], [RESOLVER, "resolver.example.com"], ""])
+def test_handle_resolvers_are_urls(url: Any) -> None:
+    with pytest.raises(ClientMetadataError, match=r"^handle_resolver ") as caught:
+        IdentityResolver(Transport(), handle_resolver=url)
+    assert caught.value.field == "handle_resolver"

@@ -25,3 +25,9 @@ def test_a_value_can_be_taken_out() -> None:
     recent.delete("a")
     recent.delete("a")
     assert recent.get("a") is None
+
+
+def test_what_is_to_be_kept_for_no_time_is_not_kept() -> None:
+    recent = Recent[str](0.0)
+    recent.set("a", (0.0, "A"))
+    assert recent.get("a") is None
