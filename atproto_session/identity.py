@@ -107,7 +107,7 @@ def parse_account(text: str, *, allow_http: bool = False, trusted: TrustedHosts 
     if not name.isascii():
         try:
             name = idna.encode(name.lower()).decode("ascii")
-        except idna.IDNAError:
+        except UnicodeError:  # IDNAError is one
             raise IdentityError(
                 f"{printable(name)!r} is not a handle such as alice.example.com", reason="malformed"
             ) from None

@@ -206,6 +206,7 @@ def test_the_url_of_a_server_is_checked_elsewhere() -> None:
         "\u00fc" * 300 + ".com",
         "x" * 5000,
         "\u00e4 alice.example.com",
+        "\ud800.example.com",
     ],
 )
 def test_no_more_is_made_good_than_that(pasted: str) -> None:
