@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 # A last label that starts with a digit is refused because resolvers read such names as IPv4 addresses ("0x7f.1").
@@ -97,7 +97,7 @@ def check_url(url: object, *, allow_http: bool = False, trusted: TrustedHosts = 
     except ValueError:
         raise ValueError("is not a URL") from None
     is_trusted = host in trusted
-    is_local = is_trusted or (allow_http and host in _LOOPBACK_HOSTS)
+    is_local = is_trusted or (allow_http and host in LOOPBACK_HOSTS)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_local and allow_http):
         raise ValueError("does not use https")
     if "@" in parts.netloc:

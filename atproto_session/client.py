@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -59,8 +59,8 @@ class OAuthClient:
     :param encryption_keys: Fernet keys, with ``store`` as a URL; see :func:`.open_store`.
     :param allow_plaintext: read records that are not encrypted as well, while encryption is being switched on.
     :param plc_directory: the directory of ``did:plc``.
-    :param handle_resolver: a server that resolves handles (``com.atproto.identity.resolveHandle``); ``None`` to use DNS
-        and HTTPS.
+    :param handle_resolver: a server that resolves handles (``com.atproto.identity.resolveHandle``), or several: asked
+        where DNS and HTTPS have no answer; in development instead of them. See :class:`.IdentityResolver`.
     :param allow_http: let servers be plain http on this machine. For development and tests only.
     :param timeout: how long a call waits for a refresh, all told, in seconds.
     :param on_session_updated: called with a :class:`.SessionUpdatedEvent` after this process has stored a session.
@@ -87,7 +87,7 @@ class OAuthClient:
         encryption_keys: EncryptionKeys = (),
         allow_plaintext: bool = False,
         plc_directory: str = "https://plc.directory",
-        handle_resolver: str | None = None,
+        handle_resolver: str | Sequence[str] | None = None,
         allow_http: bool = False,
         timeout: float = 30.0,
         on_session_updated: Callable[[SessionUpdatedEvent], None] | None = None,
@@ -137,7 +137,6 @@ class OAuthClient:
             identities=self._identities,
             discovery=self._discovery,
             authority=self._authority,
-            allow_http=allow_http,
         )
         self._flights: Flights[Any] = Flights()
         self.sessions = SessionGetter(
@@ -173,7 +172,8 @@ class OAuthClient:
     ) -> str:
         """Begin a log-in and return the URL to send the user's browser to.
 
-        :param account: a handle, a DID, or the URL of a PDS or an authorization server.
+        :param account: a handle, a DID, or the URL of a PDS or an authorization server, as people paste them: with
+            ``@``, as ``at://`` URI, as the address of a profile's page, in quotes.
         :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has.
         :param state: anything; :meth:`callback` gives it back. It stays here, and is not sent.
         :param redirect_uri: one of the metadata's; by default the first. One on loopback that is registered without a

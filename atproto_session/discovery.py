@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ._urls import check_origin, check_url, origin
+from ._recent import Recent
+from ._urls import NOBODY, TrustedHosts, check_origin, check_url, origin
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import DiscoveryError, TransportError, printable
-from .stores import MemoryStore
-from .transport import Transport, UnusableResponse
+from .transport import Transport, UnusableResponse, is_passing
 
-_CACHE_ENTRIES = 1000
+#: The largest document, in bytes. Parsed, it may need fifty times as much.
+_LARGEST_DOCUMENT = 64 * 1024
+# How much of a document is kept. What a stranger's server says must not fill the memory.
+_LONGEST_URL = 2048
+_MOST_VALUES = 16
+_LONGEST_VALUE = 64
 _PROTECTED_RESOURCE = "/.well-known/oauth-protected-resource"
 _AUTHORIZATION_SERVER = "/.well-known/oauth-authorization-server"
 
@@ -21,7 +26,8 @@ _AUTHORIZATION_SERVER = "/.well-known/oauth-authorization-server"
 @dataclass(frozen=True)
 class ServerMetadata:
     """What an authorization server publishes about itself, as far as a client needs it. The fields are those of RFC
-    8414 and of the extensions that the AT Protocol requires; all have been checked."""
+    8414 and of the extensions that the AT Protocol requires; all have been checked. Lists hold the values that have to
+    be there, and a few of the others."""
 
     issuer: str
     authorization_endpoint: str
@@ -34,15 +40,18 @@ class ServerMetadata:
     scopes_supported: tuple[str, ...]
 
 
-def parse_server_metadata(issuer: str, document: object, *, allow_http: bool = False) -> ServerMetadata:
+def parse_server_metadata(
+    issuer: str, document: object, *, allow_http: bool = False, trusted: TrustedHosts = NOBODY
+) -> ServerMetadata:
     """The metadata in ``document``, published by the authorization server ``issuer``.
 
     :param allow_http: for development: endpoints may be at ``http://localhost``.
+    :param trusted: hosts of a private network, where endpoints may be.
     :raises DiscoveryError: the AT Protocol's rules do not hold. The message names the field.
     """
     if not isinstance(document, dict):
         raise DiscoveryError(f"the metadata of {issuer} are not a JSON object")
-    fields = _Fields(f"the metadata of {issuer}", document, allow_http=allow_http)
+    fields = _Fields(f"the metadata of {issuer}", document, allow_http=allow_http, trusted=trusted)
     if document.get("issuer") != issuer:
         raise fields.fault("issuer", "is not the origin it was fetched from")
     fields.has("response_types_supported", "code")
@@ -80,6 +89,7 @@ class _Fields:
     of: str
     document: Mapping[str, Any]
     allow_http: bool
+    trusted: TrustedHosts
 
     def fault(self, name: str, what: str) -> DiscoveryError:
         return DiscoveryError(f"{self.of} cannot be used: {name} {what}")
@@ -91,13 +101,17 @@ class _Fields:
             raise self.fault(name, "is not a list of strings")
         if missing := [value for value in required if value not in values]:
             raise self.fault(name, f"lacks {' and '.join(missing)}")
-        return tuple(values)
+        others = (value for value in values if len(value) <= _LONGEST_VALUE)
+        return tuple(dict.fromkeys((*required, *others)))[:_MOST_VALUES]
 
     def url(self, name: str) -> str:
         try:
-            return check_url(self.document.get(name), allow_http=self.allow_http)
+            url = check_url(self.document.get(name), allow_http=self.allow_http, trusted=self.trusted)
         except ValueError as error:
             raise self.fault(name, str(error)) from None
+        if len(url) > _LONGEST_URL:
+            raise self.fault(name, "is too long")
+        return url
 
 
 class Discovery:
@@ -120,11 +134,19 @@ class Discovery:
     ) -> None:
         self._transport = transport
         self._allow_http = allow_http
+        self._trusted = transport.trusted_hosts
         self._clock = clock
-        self._cached: CachedGetter[tuple[float, dict[str, Any]]] = CachedGetter(
-            self._fetch,
-            MemoryStore(max_entries=_CACHE_ENTRIES) if cache is None else cache,
-            is_stale=lambda _, entry: clock() - entry[0] >= cache_for,
+        kept: Cache[tuple[float, Any]] = Recent(cache_for) if cache is None else cache
+
+        def is_stale(_: str, entry: tuple[float, object]) -> bool:
+            return clock() - entry[0] >= cache_for
+
+        # Only what can be used is kept: a wrong answer may be right the next time.
+        self._issuers: CachedGetter[tuple[float, str]] = CachedGetter(
+            self._fetch_issuer, kept, is_stale=is_stale, share_failures=True
+        )
+        self._servers: CachedGetter[tuple[float, ServerMetadata]] = CachedGetter(
+            self._fetch_server, kept, is_stale=is_stale, share_failures=True
         )
 
     def authorization_server_of(self, pds_url: str, *, fresh: bool = False) -> str:
@@ -134,8 +156,7 @@ class Discovery:
         :raises DiscoveryError: there is none, or the PDS cannot say; ``retryable`` if it may later.
         """
         pds = self._origin(pds_url)
-        document = self._get(f"{pds}{_PROTECTED_RESOURCE}", fresh=fresh)
-        return _issuer_in(document, pds, allow_http=self._allow_http)
+        return self._issuers.get(f"{pds}{_PROTECTED_RESOURCE}", no_cache=fresh)[1]
 
     def metadata(self, issuer: str, *, fresh: bool = False) -> ServerMetadata:
         """The metadata of an authorization server.
@@ -144,11 +165,10 @@ class Discovery:
         :raises DiscoveryError: there are none that can be used; ``retryable`` if there may be later.
         """
         try:
-            check_origin(issuer, allow_http=self._allow_http)
+            check_origin(issuer, allow_http=self._allow_http, trusted=self._trusted)
         except ValueError as error:
             raise DiscoveryError(f"the issuer {printable(issuer)} {error}") from None
-        document = self._get(f"{issuer}{_AUTHORIZATION_SERVER}", fresh=fresh)
-        return parse_server_metadata(issuer, document, allow_http=self._allow_http)
+        return self._servers.get(f"{issuer}{_AUTHORIZATION_SERVER}", no_cache=fresh)[1]
 
     def from_server_url(self, url: str) -> str:
         """The issuer that a person means by the URL of a PDS, or of an authorization server itself.
@@ -170,37 +190,39 @@ class Discovery:
 
     def _origin(self, url: str) -> str:
         try:
-            return origin(check_url(url, allow_http=self._allow_http))
+            return origin(check_url(url, allow_http=self._allow_http, trusted=self._trusted))
         except ValueError as error:
             raise DiscoveryError(f"the address of the server {error}") from None
 
-    def _get(self, url: str, *, fresh: bool) -> dict[str, Any]:
-        return self._cached.get(url, no_cache=fresh)[1]
-
-    def _fetch(self, url: str, options: GetOptions, stored: object) -> tuple[float, dict[str, Any]]:
+    def _fetch_issuer(self, url: str, options: GetOptions, stored: object) -> tuple[float, str]:
+        pds = origin(url)
+        document = self._document(url, f"{pds} offers no log-in by OAuth")
+        what = f"the OAuth metadata of the PDS {pds}"
+        if document.get("resource") != pds:
+            raise DiscoveryError(f"{what} are those of another server")
+        servers = document.get("authorization_servers")
+        if not isinstance(servers, list) or len(servers) != 1:
+            raise DiscoveryError(f"{what} do not name exactly one authorization server")
         try:
-            document = self._transport.get_json(url)
+            return self._clock(), check_origin(servers[0], allow_http=self._allow_http, trusted=self._trusted)
+        except ValueError as error:
+            raise DiscoveryError(f"the authorization server in {what} {error}") from None
+
+    def _fetch_server(self, url: str, options: GetOptions, stored: object) -> tuple[float, ServerMetadata]:
+        issuer = origin(url)
+        document = self._document(url, f"{issuer} publishes no metadata of an authorization server")
+        metadata = parse_server_metadata(issuer, document, allow_http=self._allow_http, trusted=self._trusted)
+        return self._clock(), metadata
+
+    def _document(self, url: str, absent: str) -> dict[str, Any]:
+        """
+        :param absent: what it means that the server has no such document.
+        """
+        try:
+            return self._transport.get_json(url, max_bytes=_LARGEST_DOCUMENT)
         except TransportError as error:
-            raise DiscoveryError(str(error), retryable=error.retryable) from error
+            raise DiscoveryError(str(error), retryable=is_passing(error)) from error
         except UnusableResponse as error:
+            if error.status in (404, 410):
+                raise DiscoveryError(absent, retryable=False) from error
             raise DiscoveryError(f"{url} answered {error}", retryable=error.retryable) from error
-        # Only what can be used is kept: a wrong answer may be right the next time.
-        server = origin(url)
-        if url.endswith(_PROTECTED_RESOURCE):
-            _issuer_in(document, server, allow_http=self._allow_http)
-        else:
-            parse_server_metadata(server, document, allow_http=self._allow_http)
-        return self._clock(), document
-
-
-def _issuer_in(document: Mapping[str, Any], pds: str, *, allow_http: bool) -> str:
-    what = f"the OAuth metadata of the PDS {pds}"
-    if document.get("resource") != pds:
-        raise DiscoveryError(f"{what} are those of another server")
-    servers = document.get("authorization_servers")
-    if not isinstance(servers, list) or len(servers) != 1:
-        raise DiscoveryError(f"{what} do not name exactly one authorization server")
-    try:
-        return check_origin(servers[0], allow_http=allow_http)
-    except ValueError as error:
-        raise DiscoveryError(f"the authorization server in {what} {error}") from None

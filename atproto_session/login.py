@@ -17,7 +17,7 @@ from .client_auth import negotiate
 from .discovery import Discovery
 from .dpop import challenge_of, generate_verifier
 from .errors import OAuthCallbackError, SessionError, StoreError, TokenRefreshError, TransportError, printable
-from .identity import IdentityResolver, check_did, normalize_handle
+from .identity import IdentityResolver, check_did
 from .keys import Keyset, generate_jwk
 from .metadata import ClientMetadata
 from .server import AccountAuthority, AuthorizationServer
@@ -85,7 +85,6 @@ class LoginFlow:
         identities: IdentityResolver,
         discovery: Discovery,
         authority: AccountAuthority,
-        allow_http: bool = False,
     ) -> None:
         self._metadata = metadata
         self._keyset = keyset
@@ -93,19 +92,18 @@ class LoginFlow:
         self._identities = identities
         self._discovery = discovery
         self._authority = authority
-        self._allow_http = allow_http
 
     def begin(self, account: str, options: Mapping[str, str | None], state: str | None, bound_to: str | None) -> str:
         """The URL for the browser. ``options`` are the parameters of the pushed request that the application chose."""
         redirect_uri = self._metadata.check_redirect_uri(options.get("redirect_uri") or self._metadata.redirect_uris[0])
         scope = self._metadata.check_scope(options.get("scope") or self._metadata.scope)
-        if "://" in account:
-            did, handle, hint, issuer = None, None, None, self._discovery.from_server_url(account)
+        kind, name = self._identities.parse(account)
+        if kind == "server":
+            did, handle, hint, issuer = None, None, None, self._discovery.from_server_url(name)
         else:
-            identity = self._identities.resolve(account)
-            did, handle = identity.did, identity.handle
+            identity = self._identities.resolve(name)
+            did, handle, hint = identity.did, identity.handle, name
             issuer = self._discovery.authorization_server_of(identity.pds)
-            hint = did if did in account else normalize_handle(account, allow_http=self._allow_http)
         server = self._authority.server(issuer)
         method = negotiate(self._metadata, self._keyset, server.metadata)
         ticket, login = (

@@ -11,7 +11,7 @@ not as a refused log-in.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
@@ -42,6 +42,52 @@ _NEEDED: tuple[str, ...] = (
 # Top-level domains that are nobody's (RFC 6761 and RFC 6762); authorization servers refuse them.
 _RESERVED_DOMAINS = frozenset({"test", "local", "localhost", "invalid", "example"})
 _PRIVATE_MEMBERS = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
+#: By ``kty`` and ``crv``: the members that a public key has (RFC 7518 section 6, RFC 8037), and what it can sign with.
+_KEY_KINDS: dict[tuple[object, object], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("RSA", None): (("n", "e"), ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
+    ("EC", "P-256"): (("x", "y"), ("ES256",)),
+    ("EC", "P-384"): (("x", "y"), ("ES384",)),
+    ("EC", "P-521"): (("x", "y"), ("ES512",)),
+    ("EC", "secp256k1"): (("x", "y"), ("ES256K",)),
+    ("OKP", "Ed25519"): (("x",), ("EdDSA",)),
+    ("OKP", "Ed448"): (("x",), ("EdDSA",)),
+}
+_RESPONSE_TYPES = frozenset(
+    {
+        *("code", "token", "none", "id_token"),
+        *("code id_token token", "code id_token", "code token", "id_token token"),
+    }
+)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _never(value: object) -> bool:
+    return False
+
+
+#: Members that are not used here, and what authorization servers accept for them.
+_ELSEWHERE: dict[str, Callable[[Any], bool]] = {
+    "default_max_age": _never,
+    "userinfo_signed_response_alg": _never,
+    "userinfo_encrypted_response_alg": _never,
+    "id_token_signed_response_alg": _never,
+    "authorization_encrypted_response_enc": _never,
+    "authorization_encrypted_response_alg": _is_text,
+    "authorization_signed_response_alg": _is_text,
+    "request_object_signing_alg": _is_text,
+    "subject_type": lambda value: value == "public",
+    "require_auth_time": lambda value: isinstance(value, bool),
+    "tls_client_certificate_bound_access_tokens": lambda value: value is False,
+    "authorization_details_types": lambda value: value == [],
+    "contacts": lambda value: isinstance(value, list) and all(map(_is_address, value)),
+}
+
+
+def _is_address(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[^@\s]+@[^@\s.]+(?:\.[^@\s.]+)+", value) is not None
 
 
 def parse_scope(text: str) -> tuple[str, ...]:
@@ -106,7 +152,7 @@ class ClientMetadata:
         for name, value in (("client_id", self.client_id), ("client_name", self.client_name or "")):
             if not isinstance(value, str):
                 raise _wrong(name, "it is not a string")
-        self._set("scope", " ".join(_checked_scope(self.scope)))
+        _check_registered_scope(self.scope)
         if self.is_loopback:
             self._adopt_loopback()
         else:
@@ -129,25 +175,35 @@ class ClientMetadata:
         registered = _text_tuple(redirect_uris, "redirect_uris")
         if not registered:
             raise _wrong("redirect_uris", "at least one is needed")
-        scopes = " ".join(_checked_scope(scope))
-        query = [] if scopes == _LOOPBACK_SCOPE else [("scope", scopes)]
-        if registered != _LOOPBACK_REDIRECT_URIS:
+        _check_registered_scope(scope)
+        # Byte for byte as the other implementations of the protocol do it: sessions belong to this client_id, and are
+        # shared with them.
+        query = [] if scope == _LOOPBACK_SCOPE else [("scope", scope)]
+        if set(registered) != set(_LOOPBACK_REDIRECT_URIS):
             query += [("redirect_uri", uri) for uri in registered]
-        return cls("http://localhost" + (f"?{urlencode(query)}" if query else ""))
+        encoded = urlencode(query, safe="*").replace("~", "%7E")  # as the URL Standard has it, not RFC 3986
+        return cls("http://localhost" + (f"?{encoded}" if query else ""))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
-        """The metadata in a client metadata document, as parsed from JSON. Members not known here are left out.
+        """The metadata in a client metadata document, as parsed from JSON. Members not known here are left out, unless
+        authorization servers refuse them.
 
         :raises ClientMetadataError: a rule is broken, or a member is missing for which a server would assume something
             that does not work here.
         """
         if not isinstance(document, Mapping):
             raise ClientMetadataError("a client metadata document is a JSON object")
-        known = {f.name: document[f.name] for f in fields(cls) if document.get(f.name) is not None}
+        known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+        for name in (*known, *_ELSEWHERE):
+            if name in document and document[name] is None:
+                raise _wrong(name, "it is null, which authorization servers refuse; leave it out")
+        for name, is_accepted in _ELSEWHERE.items():
+            if name in document and not is_accepted(document[name]):
+                raise _wrong(name, "authorization servers refuse it; leave it out")
         needed = _NEEDED[:1] if str(known.get("client_id")).startswith("http://") else _NEEDED
         if known.get("token_endpoint_auth_method") == "private_key_jwt":
-            needed += ("token_endpoint_auth_signing_alg",)
+            needed += ("token_endpoint_auth_signing_alg", *(() if "jwks_uri" in known else ("jwks",)))
         for name in needed:
             if name not in known:
                 raise _wrong(name, "the document does not have it")
@@ -190,6 +246,8 @@ class ClientMetadata:
         """
         if self.is_confidential and keyset is None:
             raise _wrong("keyset", "a client that authenticates with private_key_jwt needs one")
+        if self.is_loopback and keyset is not None:
+            raise _wrong("keyset", "a loopback client is public and has no keys: leave the keyset out in development")
         if not self.is_confidential and keyset is not None:
             raise _wrong("keyset", "it is not used unless token_endpoint_auth_method is private_key_jwt")
         if keyset is None or self.jwks is None:
@@ -209,7 +267,9 @@ class ClientMetadata:
             return uri
         with suppress(ValueError):
             check_url(uri, allow_http=True)
-            if any(_is_same_but_for_port(registered, uri) for registered in self.redirect_uris):
+            if uri.startswith("http://") and any(
+                _is_same_but_for_port(registered, uri) for registered in self.redirect_uris
+            ):
                 return uri
         shown = ", ".join(printable(registered) for registered in self.redirect_uris[:5])
         raise _wrong("redirect_uri", f"it is not one of those in the client metadata ({shown})")
@@ -242,20 +302,26 @@ class ClientMetadata:
     def _check_grant(self) -> None:
         if self.application_type not in ("web", "native"):
             raise _wrong("application_type", "it is neither web nor native")
-        if sorted(self.grant_types) != ["authorization_code", "refresh_token"]:
-            raise _wrong("grant_types", "it must be authorization_code and refresh_token")
-        if self.response_types != ("code",):
-            raise _wrong("response_types", "it must be code")
+        if sorted(self.grant_types) not in (["authorization_code"], ["authorization_code", "refresh_token"]):
+            raise _wrong("grant_types", "it must be authorization_code and, for sessions that last, refresh_token")
+        if "code" not in self.response_types or not set(self.response_types) <= _RESPONSE_TYPES:
+            raise _wrong("response_types", "it must hold code, and nothing that is no response type")
         if self.dpop_bound_access_tokens is not True:
             raise _wrong("dpop_bound_access_tokens", "it must be true")
 
     def _check_authentication(self) -> None:
         if self.token_endpoint_auth_method not in ("none", "private_key_jwt"):
             raise _wrong("token_endpoint_auth_method", "it must be none or private_key_jwt")
+        if self.jwks is not None and self.jwks_uri is not None:
+            raise _wrong("jwks", "there may be jwks or jwks_uri, not both")
+        if self.jwks is not None:
+            self._set("jwks", _checked_jwks(self.jwks))
         if not self.is_confidential:
-            for name in ("token_endpoint_auth_signing_alg", "jwks_uri", "jwks"):
-                if getattr(self, name) is not None:
-                    raise _wrong(name, "a client whose token_endpoint_auth_method is none does not have it")
+            if self.token_endpoint_auth_signing_alg is not None:
+                raise _wrong(
+                    "token_endpoint_auth_signing_alg",
+                    "a client whose token_endpoint_auth_method is none does not have it",
+                )
             return
         if self.application_type == "native":
             # Whatever ships to users is no secret (RFC 8252 section 8.5), and the reference server refuses it.
@@ -263,15 +329,15 @@ class ClientMetadata:
         if self.token_endpoint_auth_signing_alg not in (None, "ES256"):
             raise _wrong("token_endpoint_auth_signing_alg", "it must be ES256")
         self._set("token_endpoint_auth_signing_alg", "ES256")
-        if self.jwks is not None and self.jwks_uri is not None:
-            raise _wrong("jwks", "there may be jwks or jwks_uri, not both")
-        if self.jwks is not None:
-            self._set("jwks", _checked_jwks(self.jwks))
 
     def _check_pages(self) -> None:
-        for name in ("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"):
+        for name in ("logo_uri", "tos_uri", "policy_uri"):
             if (value := getattr(self, name)) is not None:
-                _check_public_url(name, value)
+                _check_page(name, value, reserved=frozenset({"local"}))
+        if self.jwks_uri is not None:
+            _check_public_url("jwks_uri", self.jwks_uri)
+        if self.client_uri is not None:
+            _check_page("client_uri", self.client_uri, reserved=_RESERVED_DOMAINS)
         if self.client_uri is not None:
             ours, home = urlsplit(self.client_id), urlsplit(self.client_uri)
             if origin(self.client_uri) != origin(self.client_id):
@@ -329,6 +395,11 @@ def _checked_scope(scope: str) -> tuple[str, ...]:
     return scopes
 
 
+def _check_registered_scope(scope: str) -> None:
+    if len(_checked_scope(scope)) != len(scope.split(" ")):
+        raise _wrong("scope", "it holds a scope twice, which authorization servers refuse")
+
+
 def _checked_jwks(jwks: object) -> dict[str, Any]:
     keys = jwks.get("keys") if isinstance(jwks, Mapping) else None
     if not isinstance(keys, list | tuple) or not keys or not all(isinstance(key, Mapping) for key in keys):
@@ -341,18 +412,46 @@ def _checked_jwks(jwks: object) -> dict[str, Any]:
         if not isinstance(kid, str) or not kid or kid in kids:
             raise _wrong("jwks", "every key needs a kid of its own")
         kids.add(kid)
+        if (problem := _problem_of_key(key)) is not None:
+            raise _wrong("jwks", f"authorization servers do not take the key {printable(kid)}: {problem}")
     return {"keys": [dict(key) for key in keys]}
+
+
+def _problem_of_key(key: Mapping[str, Any]) -> str | None:
+    """Why a public key is not one that a client can sign with (RFC 7517 section 4), or ``None``."""
+    kind = key.get("kty"), key.get("crv")
+    if not all(isinstance(text, str | None) for text in kind) or kind not in _KEY_KINDS:
+        return "its kty and crv are of no kind that is known"
+    members, algorithms = _KEY_KINDS[kind]
+    if not all(isinstance(key.get(member), str) and key[member] for member in members):
+        return f"it lacks {' or '.join(members)}"
+    if "alg" in key and key["alg"] not in algorithms:
+        return f"its alg is not {' or '.join(algorithms)}"
+    if key.get("use", "sig") != "sig":
+        return "its use is not sig"
+    if key.get("key_ops", ["verify"]) != ["verify"]:
+        return "its key_ops are not verify alone, which is all that a public key can do"
+    return None
 
 
 # URLs
 
 
-def _check_public_url(name: str, url: object) -> None:
+def _check_page(name: str, url: object, *, reserved: Collection[str]) -> None:
+    """A link for people. It may have a fragment."""
+    _check_public_url(name, url.replace("#", "?", 1) if isinstance(url, str) else url, reserved=reserved)
+
+
+def _check_public_url(name: str, url: object, *, reserved: Collection[str] = _RESERVED_DOMAINS) -> None:
     try:
-        host = urlsplit(check_url(url)).hostname or ""
+        # There are hosts with an underscore in their names, and servers accept them.
+        check_url(url.replace("_", "x") if isinstance(url, str) else url)
     except ValueError as error:
         raise _wrong(name, f"it {error}") from None
-    if host.rpartition(".")[2] in _RESERVED_DOMAINS:
+    host = urlsplit(str(url)).hostname or ""
+    if not str(url).startswith("https://"):
+        raise _wrong(name, "it must begin with https://, in lower case")
+    if host.rpartition(".")[2] in reserved:
         raise _wrong(name, f"{printable(host)} is under a reserved domain, which no authorization server accepts")
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "UnusableResponse",
     "check_origin",
     "check_url",
+    "is_passing",
     "origin",
     "shown",
 ]
@@ -60,16 +61,21 @@ _REST_WITHIN = 0.5
 #: handshake, are told by their numbers.
 _BY_CHANCE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
+#: The numbers by which the C library says that there is no such name. Not all systems have the second.
+_UNKNOWN_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
 
 class UnusableResponse(ValueError):
     """An answer came, and is not what was asked for. The text completes "HOST answered ...".
 
     :ivar retryable: the server said that it is only for now (429, 5xx).
+    :ivar status: the status of the answer, where that is what was wrong.
     """
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool = False, status: int | None = None) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -224,8 +230,11 @@ class Transport:
             time.sleep(_PAUSE)
             response = self.request("GET", url, headers=headers, timeout=left, max_bytes=max_bytes)
         if response.status != 200:
-            is_passing = response.status in (408, 429) or response.status >= 500
-            raise UnusableResponse(f"with status {response.status} instead of 200", retryable=is_passing)
+            raise UnusableResponse(
+                f"with status {response.status} instead of 200",
+                retryable=response.status in (408, 429) or response.status >= 500,
+                status=response.status,
+            )
         if media_type is not None and response.content_type != media_type:
             raise UnusableResponse(f"with {printable(response.content_type) or 'no type'} instead of {media_type}")
         try:
@@ -347,6 +356,16 @@ def _root_of(error: BaseException, handled: BaseException | None) -> BaseExcepti
     while (cause := _cause(error)) is not None and cause is not handled:
         error = cause
     return error
+
+
+def is_passing(error: TransportError) -> bool:
+    """Whether to look up again may do better. It does not for a host whose name does not exist."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror) and cause.errno in _UNKNOWN_NAME:
+            return False
+        cause = _cause(cause)
+    return error.retryable
 
 
 def _transport_error(error: BaseException, url: str, *, sent: bool) -> TransportError:

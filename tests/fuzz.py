@@ -20,7 +20,7 @@ from atproto_session import ClientMetadata, Keyset, MemoryStore, OAuthCallbackEr
 from atproto_session._urls import check_url, origin
 from atproto_session.discovery import parse_server_metadata
 from atproto_session.dpop import Answer, NonceCache, challenge_errors
-from atproto_session.identity import check_did, check_handle, normalize_handle, parse_did_document
+from atproto_session.identity import check_did, check_handle, parse_account, parse_did_document
 from atproto_session.keys import generate_jwk, load_private_key, public_jwk, thumbprint
 from atproto_session.metadata import is_subset, parse_scope
 from atproto_session.server import AuthorizationServer
@@ -206,7 +206,7 @@ CODEC = Codec()
 TARGETS: dict[str, Target] = {
     "handles": Target(
         st.text(max_size=300) | damaged_text("alice.example.com", "a.test"),
-        allowing(SessionError)(lambda text: (normalize_handle(text), check_handle(text))),
+        allowing(SessionError)(lambda text: (parse_account(text), check_handle(text))),
     ),
     "DIDs": Target(st.text(max_size=300) | damaged_text(DID, "did:web:example.com"), allowing(SessionError)(check_did)),
     "DID documents": Target(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
-from collections.abc import Iterator
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,12 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atproto_session import _flights
+from atproto_session._adapter import Network
+from atproto_session._flights import Flight
 from atproto_session.discovery import Discovery, ServerMetadata, parse_server_metadata
-from atproto_session.errors import DiscoveryError
-from atproto_session.transport import Transport
+from atproto_session.errors import DiscoveryError, TransportError
+from atproto_session.transport import Transport, origin
 
 from .loopback import ScriptedServer, Web, answer, closed_port, json_answer, network_to
 
@@ -176,7 +183,10 @@ def test_the_authorization_server_of_a_pds(world: World, pds: str) -> None:
     ("response", "complaint"),
     [
         (json_answer(resource(), 201), "status 201"),
-        (json_answer(resource(), 404), "status 404"),
+        (json_answer(resource(), 404), f"^{PDS} offers no log-in by OAuth$"),
+        (json_answer(resource(), 410), "offers no log-in by OAuth"),
+        (json_answer(resource(), 403), "status 403"),
+        (json_answer(resource(padding="x" * 100_000)), "too large"),
         (answer(302, location=f"{PDS}/elsewhere"), "status 302"),
         (json_answer(resource(), content_type="text/plain"), "text/plain"),
         (json_answer([resource()]), "not an object"),
@@ -246,6 +256,116 @@ def test_a_server_that_is_away_for_now_is_retryable(world: World, response: byte
         world.discovery.metadata(ISSUER)
     assert of_pds.value.retryable
     assert of_server.value.retryable
+
+
+@pytest.mark.duty(14, 15)
+@pytest.mark.parametrize(("reason", "retryable"), [(socket.EAI_NONAME, False), (socket.EAI_FAIL, True)])
+def test_a_host_that_does_not_exist_is_final(reason: int, retryable: bool) -> None:
+    def getaddrinfo(host: str, *_: object) -> Any:
+        raise socket.gaierror(reason, "the name does not resolve")
+
+    discovery = Discovery(Transport(network=Network(getaddrinfo=getaddrinfo)))
+    for look_up in (discovery.authorization_server_of, discovery.metadata, discovery.from_server_url):
+        with pytest.raises(DiscoveryError, match="the name does not resolve") as caught:
+            look_up(PDS)
+        assert caught.value.retryable is retryable
+
+
+class Answering(Transport):
+    """A transport that needs no network: ``answers`` makes the document for a URL, or raises."""
+
+    def __init__(self, answers: Callable[[str], dict[str, Any]]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def get_json(self, url: str, **_: Any) -> dict[str, Any]:
+        return self._answers(url)
+
+
+@pytest.mark.duty(42)
+def test_padded_documents_do_not_fill_the_memory() -> None:
+    def padded(url: str) -> dict[str, Any]:
+        server = origin(url)
+        padding = [f"{number:x>1000}" for number in range(100)]
+        if url.endswith("protected-resource"):
+            return resource(resource=server, authorization_servers=[server], padding=padding)
+        endpoints = {name: f"{server}/{name:x<1900}" for name in ENDPOINTS}
+        lists = {name: [*value, *padding] for name, value in metadata().items() if isinstance(value, list)}
+        return metadata(issuer=server, padding=padding, **endpoints, **lists)
+
+    discovery = Discovery(Answering(padded))
+    discovery.metadata(ISSUER)
+    tracemalloc.start()
+    for number in range(500):
+        server = f"https://{number}.example.com"
+        assert discovery.metadata(discovery.authorization_server_of(server)).scopes_supported == (
+            "atproto",
+            "transition:generic",
+        )
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 10_000_000
+
+
+@pytest.mark.duty(42)
+def test_an_endpoint_that_is_too_long_is_refused() -> None:
+    with pytest.raises(DiscoveryError, match="token_endpoint is too long"):
+        parse_server_metadata(ISSUER, metadata(token_endpoint=f"{ISSUER}/{'x' * 2048}"))
+
+
+def test_lists_hold_what_has_to_be_there_and_a_few_others() -> None:
+    scopes = [*(f"scope:{number}" for number in range(1000)), "x" * 1000, "atproto"]
+    parsed = parse_server_metadata(ISSUER, metadata(scopes_supported=scopes))
+    assert parsed.scopes_supported[:2] == ("atproto", "scope:0")
+    assert len(parsed.scopes_supported) == 16
+
+
+def test_those_who_wait_for_a_silent_server_are_told_the_same_after_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    everybody = threading.Semaphore(0)
+    asked = []
+
+    class Waiting(Flight[Any]):
+        def wait(self, *args: Any) -> Any:
+            everybody.release()
+            return super().wait(*args)
+
+    def silent(url: str) -> dict[str, Any]:
+        asked.append(url)
+        for _ in range(20):
+            assert everybody.acquire(timeout=20.0)
+        raise TransportError("cannot reach https://pds.example.com: timed out")
+
+    monkeypatch.setattr(_flights, "Flight", Waiting)
+    discovery = Discovery(Answering(silent))
+    with ThreadPoolExecutor(20) as pool:
+        futures = [pool.submit(discovery.authorization_server_of, PDS, fresh=True) for _ in range(20)]
+        failures = [future.exception(20.0) for future in futures]
+    assert len(asked) == 1
+    assert {type(failure) for failure in failures} == {DiscoveryError}
+    assert {str(failure) for failure in failures} == {"cannot reach https://pds.example.com: timed out"}
+
+
+def test_servers_of_a_private_network_that_are_trusted() -> None:
+    """As in a network of containers, where hosts have single labels."""
+    web = Web()
+    with ScriptedServer(web.script) as server:
+        pds, issuer = "http://pds:2583", "http://auth:8080"
+        endpoints = dict.fromkeys(ENDPOINTS, f"{issuer}/x")
+        web.answers = {
+            "pds:2583/.well-known/oauth-protected-resource": json_answer(
+                {"resource": pds, "authorization_servers": [issuer]}
+            ),
+            "auth:8080/.well-known/oauth-authorization-server": json_answer(metadata(issuer=issuer, **endpoints)),
+        }
+        network = network_to(server.port)
+        transport = Transport(allow_http=True, network=network, trusted_hosts=["pds", "auth"])
+        discovery = Discovery(transport, allow_http=True)
+        assert discovery.metadata(discovery.from_server_url(pds)).token_endpoint == f"{issuer}/x"
+        with pytest.raises(DiscoveryError, match="does not use https"):
+            discovery.authorization_server_of("http://elsewhere:2583")
+        half = Discovery(Transport(allow_http=True, network=network, trusted_hosts=["pds"]), allow_http=True)
+        with pytest.raises(DiscoveryError, match=r"the authorization server in .* does not use https"):
+            half.authorization_server_of(pds)
 
 
 def test_answers_are_kept_for_a_while_unless_fresh_ones_are_asked_for(world: World) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,16 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atproto_session._adapter import LOOKUP_THREAD
-from atproto_session.errors import ClientMetadataError, IdentityError, LockTimeoutError
+from atproto_session import _flights
+from atproto_session._adapter import LOOKUP_THREAD, Network
+from atproto_session._flights import Flight
+from atproto_session.errors import ClientMetadataError, IdentityError, LockTimeoutError, TransportError
 from atproto_session.identity import (
     Identity,
     IdentityResolver,
     check_did,
     check_handle,
-    normalize_handle,
+    parse_account,
     parse_did_document,
 )
 from atproto_session.transport import Transport
@@ -108,17 +113,115 @@ def test_no_handle(handle: str) -> None:
         "\u2068\u202aalice.example.com\u202c\u2069",
         "@ alice.exa\u200bmple.com",
         "alice\x00.example\x7f.com",
+        "at://alice.example.com",
+        "AT://Alice.example.com/",
+        "at://alice.example.com/app.bsky.feed.post/3k?x#y",
+        "https://bsky.app/profile/alice.example.com",
+        "HTTPS://bsky.app/profile/alice.example.com/",
+        "http://deer.social/profile/@alice.example.com/post/3k",
+        "bsky.app/profile/alice.example.com?ref=share",
+        '"alice.example.com"',
+        "\u201c@alice.example.com\u201d",
+        "\u00ab alice.example.com \u00bb",
+        "'\u00b4alice.example.com`,",
+        "<https://bsky.app/profile/alice.example.com>",
+        "(@alice.example.com)",
+        "alice.example.com.",
+        "alice.example.com/",
+        "alice\uff0eexample\uff61com\u3002",
+        "\uff20\uff41lice.example.\uff43\uff4f\uff4d",
+        "\uff41\uff54\uff1a\uff0f\uff0falice.example.com",
+        "\u00a0alice.example.com\u3000",
     ],
 )
 def test_a_handle_as_people_paste_it(pasted: str) -> None:
-    assert normalize_handle(pasted) == "alice.example.com"
+    assert parse_account(pasted) == ("handle", "alice.example.com")
 
 
 @pytest.mark.duty(5)
-@pytest.mark.parametrize("pasted", ["alice example.com", "@@alice.example.com", "https://alice.example.com"])
+@pytest.mark.parametrize(
+    ("pasted", "handle"),
+    [
+        ("b\u00fccher.example.com", "xn--bcher-kva.example.com"),
+        ("@B\u00dcCHER.example.com", "xn--bcher-kva.example.com"),
+        ("bu\u0308cher.example.com", "xn--bcher-kva.example.com"),
+        ("stra\u00dfe.example.com", "xn--strae-oqa.example.com"),
+        ("\u4f8b\u3048\u3002\u30c6\u30b9\u30c8.com", "xn--r8jz45g.xn--zckzah.com"),
+        ("at://b\u00fccher.example.com", "xn--bcher-kva.example.com"),
+        ("https://bsky.app/profile/b%C3%BCcher.example.com", "xn--bcher-kva.example.com"),
+        ("xn--bcher-kva.example.com", "xn--bcher-kva.example.com"),
+    ],
+)
+def test_a_handle_beyond_ascii(pasted: str, handle: str) -> None:
+    assert parse_account(pasted) == ("handle", handle)
+
+
+@pytest.mark.duty(4)
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        ALICE,
+        f" '{ALICE}' ",
+        f"@{ALICE}",
+        f"DID:PLC:{ALICE[8:]}",
+        f"at://{ALICE}/app.bsky.feed.post/3k",
+        f"https://bsky.app/profile/{ALICE}",
+        f"https://bsky.app/profile/{ALICE.replace(':', '%3A')}/lists/3k",
+        f"{ALICE}/",
+    ],
+)
+def test_a_did_as_people_paste_it(pasted: str) -> None:
+    assert parse_account(pasted) == ("did", ALICE)
+
+
+@pytest.mark.duty(4)
+@pytest.mark.parametrize(
+    "pasted", ["https://alice.example.com", " 'https://alice.example.com' ", "<https://alice.example.com>"]
+)
+def test_the_url_of_a_server(pasted: str) -> None:
+    assert parse_account(pasted) == ("server", "https://alice.example.com")
+
+
+def test_the_url_of_a_server_is_checked_elsewhere() -> None:
+    assert parse_account("http://[::1]:2583/profile") == ("server", "http://[::1]:2583/profile")
+
+
+@pytest.mark.duty(5)
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        "",
+        " @ ",
+        "alice",
+        "alice example.com",
+        "@@alice.example.com",
+        "alice@example.com",
+        "at://",
+        "at:///",
+        "https://bsky.app/profile/alice",
+        "did:key:zQ3shZc2QzApp2oymGvQbzP8eKheVshBHbU4ZYjeXqwSKEn6N",
+        "did:plc:short",
+        "\u2603.example.com",
+        "b\u00fccher..example.com",
+        "\u00fc" * 300 + ".com",
+        "x" * 5000,
+        "\u00e4 alice.example.com",
+        "\ud800.example.com",
+    ],
+)
 def test_no_more_is_made_good_than_that(pasted: str) -> None:
-    with pytest.raises(IdentityError):
-        normalize_handle(pasted)
+    with pytest.raises(IdentityError) as caught:
+        parse_account(pasted)
+    assert caught.value.reason in ("malformed", "unsupported")
+    assert not caught.value.retryable
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("account", [None, b"alice.example.com", ["alice.example.com"], 1])
+def test_an_account_is_text(account: Any) -> None:
+    with pytest.raises(TypeError, match=f"account is a handle, .* not {type(account).__name__}"):
+        parse_account(account)
 
 
 @pytest.mark.duty(6)
@@ -178,7 +281,7 @@ def test_malformed_and_unsupported_dids_are_told_apart(did: str, reason: str) ->
 
 @given(st.text() | st.from_regex(r"\A@?did:[a-z]{3}:[a-z2-7:.%]*\Z") | st.from_regex(r"\A[a-zA-Z0-9.-]*\Z"))
 def test_any_text_is_right_or_an_identity_error(text: str) -> None:
-    for check in (check_did, check_handle, normalize_handle):
+    for check in (check_did, check_handle, lambda text: parse_account(text).name):
         try:
             checked = check(text)
         except IdentityError as error:
@@ -379,7 +482,16 @@ def test_dns_records_that_cannot_be_right_fail_whatever_https_says(
 @pytest.mark.parametrize(
     "records", [None, [], [["v=spf1"]], [["didn't=see"]]], ids=["no name", "no TXT", "other", "similar"]
 )
-@pytest.mark.parametrize("response", [answer(200, f"\n {ALICE}\r\n".encode()), answer(203, ALICE.encode())])
+@pytest.mark.parametrize(
+    "response",
+    [
+        answer(200, f"\n {ALICE}\r\n".encode()),
+        answer(203, ALICE.encode()),
+        answer(200, f"\ufeff{ALICE}".encode()),
+        answer(200, f"{ALICE}\r\n# my account\r\n".encode()),
+        answer(200, f"{ALICE}\n{BOB}\n".encode()),
+    ],
+)
 def test_a_handle_by_https(world: World, records: list[list[str]] | None, response: bytes) -> None:
     world.publish(ALICE, document())
     if records is not None:
@@ -405,6 +517,9 @@ def test_https_may_redirect(world: World) -> None:
         (answer(500), "answered 500", True),
         (answer(200, b"<html>"), "without a DID", False),
         (answer(200, b"\xff\xfe"), "without a DID", False),
+        (answer(200, b" \n"), "without a DID", False),
+        (answer(403), "answered 403", False),
+        (answer(408), "answered 408", True),
         (answer(200, b"a" * 10_000), "too large", False),
         (answer(302, location="http://www.example.com/"), "does not use https", False),
         (answer(302, location="https://inside.example.com/"), "not one of the public Internet", False),
@@ -417,6 +532,8 @@ def test_a_handle_that_does_not_resolve(world: World, response: bytes, complaint
     with pytest.raises(IdentityError, match=f"no DNS record; .*{complaint}") as caught:
         world.resolver().resolve(HANDLE)
     assert caught.value.reason == "failed"
+    said = "does not resolve at the moment" if retryable else f"no account has the handle {HANDLE}; check its spelling"
+    assert said in str(caught.value)
     assert caught.value.retryable is retryable
 
 
@@ -558,7 +675,9 @@ def test_did_web_of_this_machine_in_development() -> None:
 @pytest.mark.parametrize(
     ("response", "complaint", "retryable"),
     [
-        (json_answer({}, 404), "404", False),
+        (json_answer({}, 404), f"the account {ALICE} does not exist; check its spelling$", False),
+        (json_answer({}, 410), f"the account {ALICE} is there no more$", False),
+        (json_answer(document() | {"padding": "x" * 100_000}), "too large", False),
         (json_answer({}, 503), "503", True),
         (answer(302, location=f"https://plc.directory/{BOB}"), "302", False),
         (answer(200, b"<html>"), "not JSON", False),
@@ -635,24 +754,118 @@ def test_what_is_neither_handle_nor_did_is_not_looked_up(world: World, account: 
     assert (world.web.asked, world.names.asked) == ([], [])
 
 
-# A handle resolver
+@pytest.mark.parametrize(("reason", "retryable"), [(socket.EAI_NONAME, False), (socket.EAI_FAIL, True)])
+def test_a_host_that_does_not_exist_is_final(world: World, reason: int, retryable: bool) -> None:
+    def getaddrinfo(host: str, *_: object) -> Any:
+        raise socket.gaierror(reason, "the name does not resolve")
+
+    resolver = IdentityResolver(
+        Transport(network=Network(getaddrinfo=getaddrinfo)), dns_resolver=world.resolver()._dns_resolver
+    )
+    with pytest.raises(IdentityError, match="the name does not resolve") as of_handle:
+        resolver.resolve(HANDLE)
+    with pytest.raises(IdentityError, match="the name does not resolve") as of_did:
+        resolver.resolve_did("did:web:example.com")
+    assert [of_handle.value.retryable, of_did.value.retryable] == [retryable] * 2
+
+
+def test_a_server_is_no_account(world: World) -> None:
+    with pytest.raises(IdentityError, match="is the URL of a server") as caught:
+        world.resolver().resolve(PDS)
+    assert caught.value.reason == "malformed"
+
+
+# Handle resolvers
 
 ASK = f"resolver.example.com/xrpc/com.atproto.identity.resolveHandle?handle={HANDLE}"
+ASK_ANOTHER = ASK.replace("resolver", "another", 1)
+RESOLVER = "https://resolver.example.com/"
+OWN = f"{HANDLE}/.well-known/atproto-did"
 
 
-def test_a_handle_resolver_is_asked_instead_of_the_domain(world: World) -> None:
+@pytest.mark.parametrize("response", [answer(404), answer(403), answer(503), answer(200, b"<html>"), b""])
+def test_a_handle_resolver_is_asked_where_the_domain_has_no_answer(world: World, response: bytes) -> None:
     world.publish(ALICE, document())
+    world.point_by_https(HANDLE, response)
     world.web.answers[ASK] = json_answer({"did": ALICE})
-    resolver = world.resolver(handle_resolver="https://resolver.example.com/")
-    assert resolver.resolve(HANDLE) == Identity(ALICE, HANDLE, PDS)
+    assert world.resolver(handle_resolver=RESOLVER).resolve(HANDLE) == Identity(ALICE, HANDLE, PDS)
+    assert world.names.asked == [f"_atproto.{HANDLE}"]
+    assert world.web.asked[-2:] == [ASK, f"plc.directory/{ALICE}"]
+
+
+@pytest.mark.parametrize("way", ["dns", "https"])
+def test_the_domain_knows_better_than_a_handle_resolver(world: World, way: str) -> None:
+    world.publish(ALICE, document())
+    world.web.answers[ASK] = json_answer({"did": BOB})
+    if way == "dns":
+        world.point_by_dns(HANDLE, [f"did={ALICE}"])
+    else:
+        world.point_by_https(HANDLE, answer(200, ALICE.encode()))
+    assert world.resolver(handle_resolver=RESOLVER).resolve(HANDLE).did == ALICE
+    assert ASK not in world.web.asked
+
+
+@pytest.mark.parametrize("first", [answer(403), answer(400), answer(503), json_answer({"did": "no"}), b""])
+def test_handle_resolvers_are_asked_one_after_the_other(world: World, first: bytes) -> None:
+    world.publish(ALICE, document())
+    world.web.answers |= {ASK: first, ASK_ANOTHER: json_answer({"did": ALICE})}
+    resolver = world.resolver(handle_resolver=[RESOLVER, "https://another.example.com"])
+    assert resolver.resolve(HANDLE).did == ALICE
+    assert world.web.asked[-2:] == [ASK_ANOTHER, f"plc.directory/{ALICE}"]
+
+
+def test_a_domain_that_does_not_answer_leaves_time_for_a_handle_resolver(world: World) -> None:
+    release = threading.Event()
+
+    def late() -> bytes:
+        release.wait(GENEROUS)
+        return answer(404)
+
+    world.publish(ALICE, document())
+    world.point_by_https(HANDLE, late)
+    world.web.answers[ASK] = json_answer({"did": ALICE})
+    assert world.resolver(handle_resolver=RESOLVER, timeout=5.0).resolve(HANDLE).did == ALICE
+    release.set()
+
+
+def test_dot_test_is_left_to_a_handle_resolver(world: World) -> None:
+    world.publish(ALICE, document(handle="alice.test"))
+    ask = ASK.replace(HANDLE, "alice.test")
+    world.web.answers[ask] = json_answer({"did": ALICE})
+    resolver = world.resolver(handle_resolver=RESOLVER, allow_http=True)
+    assert resolver.resolve("alice.test").handle == "alice.test"
     assert world.names.asked == []
-    assert world.web.asked == [ASK, f"plc.directory/{ALICE}"]
+    assert world.web.asked == [ask, f"plc.directory/{ALICE}"]
+    with pytest.raises(IdentityError, match=r"no account has the handle bob\.test; check its spelling"):
+        resolver.resolve("bob.test")
+    assert world.names.asked == []
+
+
+def test_a_handle_resolver_on_this_machine_is_asked_at_once(world: World) -> None:
+    web = Web()
+    with ScriptedServer(web.script) as server:
+        local = f"http://localhost:{server.port}"
+        web.answers[f"localhost:{server.port}/xrpc/com.atproto.identity.resolveHandle?handle={HANDLE}"] = json_answer(
+            {"did": ALICE}
+        )
+        web.answers[f"localhost:{server.port}/{ALICE}"] = json_answer(document())
+        resolver = IdentityResolver(
+            Transport(allow_http=True),
+            plc_directory=local,
+            handle_resolver=local,
+            allow_http=True,
+            dns_resolver=world.resolver()._dns_resolver,
+        )
+        assert resolver.resolve(HANDLE).did == ALICE
+    assert world.names.asked == []
 
 
 @pytest.mark.parametrize(
     ("response", "complaint", "retryable"),
     [
-        (json_answer({"error": "InvalidRequest"}, 400), "400", False),
+        (json_answer({"error": "InvalidRequest"}, 400), "does not know it", False),
+        (json_answer({}, 404), "does not know it", False),
+        (json_answer({}, 403), "403", False),
         (json_answer({}, 502), "502", True),
         (json_answer({}), "no usable DID", False),
         (json_answer({"did": ["x"]}), "no usable DID", False),
@@ -665,6 +878,96 @@ def test_a_handle_resolver_that_cannot_help(world: World, response: bytes, compl
     with pytest.raises(IdentityError, match=complaint) as caught:
         world.resolver(handle_resolver="https://resolver.example.com").resolve(HANDLE)
     assert caught.value.retryable is retryable
+    assert ("check its spelling" in str(caught.value)) is not retryable
+
+
+def test_those_who_wait_for_a_silent_directory_are_told_the_same_after_one_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everybody = threading.Semaphore(0)
+    asked = []
+
+    class Waiting(Flight[Any]):
+        def wait(self, *args: Any) -> Any:
+            everybody.release()
+            return super().wait(*args)
+
+    def silent(url: str) -> dict[str, Any]:
+        asked.append(url)
+        for _ in range(20):
+            assert everybody.acquire(timeout=GENEROUS)
+        raise TransportError("cannot reach https://plc.directory: timed out")
+
+    monkeypatch.setattr(_flights, "Flight", Waiting)
+    resolver = IdentityResolver(Answering(silent))
+    with ThreadPoolExecutor(20) as pool:
+        failures = [future.exception(GENEROUS) for future in [pool.submit(resolver.resolve, ALICE) for _ in range(20)]]
+    assert len(asked) == 1
+    assert {type(failure) for failure in failures} == {IdentityError}
+    assert {str(failure) for failure in failures} == {
+        f"{ALICE} does not resolve: cannot reach https://plc.directory: timed out"
+    }
+
+
+# Private networks
+
+
+def test_trusted_hosts_may_be_directory_pds_resolver_and_handle() -> None:
+    """As in a network of containers, where hosts have single labels."""
+    web = Web()
+    with ScriptedServer(web.script) as server:
+        network = network_to(server.port)
+        transport = Transport(
+            allow_http=True, network=network, trusted_hosts=["plc", "pds", "alice.internal", "web.internal"]
+        )
+        resolver = IdentityResolver(
+            transport, plc_directory="http://plc:2582", handle_resolver="http://pds:2583", allow_http=True
+        )
+        web.answers = {
+            f"plc:2582/{ALICE}": json_answer(document(handle="alice.test", pds="http://pds:2583")),
+            f"plc:2582/{BOB}": json_answer(document(BOB, handle=None, pds="http://elsewhere:2583")),
+            "pds:2583/xrpc/com.atproto.identity.resolveHandle?handle=alice.test": json_answer({"did": ALICE}),
+        }
+        assert resolver.resolve("alice.test") == Identity(ALICE, "alice.test", "http://pds:2583")
+        with pytest.raises(IdentityError, match="does not use https"):
+            resolver.resolve_did(BOB)
+        with pytest.raises(ClientMetadataError, match="does not use https"):
+            IdentityResolver(transport, plc_directory="http://elsewhere:2582", allow_http=True)
+    assert resolver.parse("alice.internal").name == "alice.internal"
+    with pytest.raises(IdentityError, match="not a domain of the Internet"):
+        resolver.parse("bob.internal")
+    assert resolver._document_url("did:web:web.internal") == "https://web.internal/.well-known/did.json"
+
+
+# Memory
+
+
+class Answering(Transport):
+    """A transport that needs no network: ``answers`` makes the document for a URL."""
+
+    def __init__(self, answers: Callable[[str], dict[str, Any]]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def get_json(self, url: str, **_: Any) -> dict[str, Any]:
+        return self._answers(url)
+
+
+@pytest.mark.duty(42)
+def test_padded_documents_do_not_fill_the_memory() -> None:
+    def padded(url: str) -> dict[str, Any]:
+        did = url.rpartition("/")[2]
+        padding = [f"at://{'x' * 1000}{number}" for number in range(100)]
+        return document(did, None) | {"padding": padding, "alsoKnownAs": padding}
+
+    resolver = IdentityResolver(Answering(padded))
+    resolver.resolve(ALICE)
+    tracemalloc.start()
+    for number in range(1000):
+        resolver.resolve("did:plc:" + "".join("abcdefghij"[int(digit)] for digit in f"{number:024}"))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 5_000_000
 
 
 @pytest.mark.parametrize("name", ["plc_directory", "handle_resolver"])
@@ -672,3 +975,10 @@ def test_a_service_that_is_no_url_is_a_configuration_error(name: str) -> None:
     with pytest.raises(ClientMetadataError, match=f"{name} does not use https") as caught:
         IdentityResolver(Transport(), **{name: "http://localhost:2582"})  # type: ignore[arg-type]
     assert caught.value.field == name
+
+
+@pytest.mark.parametrize("url", [5, b"https://resolver.example.com", [None], [RESOLVER, "resolver.example.com"], ""])
+def test_handle_resolvers_are_urls(url: Any) -> None:
+    with pytest.raises(ClientMetadataError, match=r"^handle_resolver ") as caught:
+        IdentityResolver(Transport(), handle_resolver=url)
+    assert caught.value.field == "handle_resolver"

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "_fork", "_urls", "_worker", "_bodies"],
     ["session", "keys", "_threads"],
     ["dpop", "locks", "_flights"],
-    ["stores", "steps", "terms", "cached_getter"],
+    ["stores", "steps", "terms", "cached_getter", "_recent"],
     ["records", "rests"],
     ["refresh", "driver"],
     ["session_getter", "_adapter"],

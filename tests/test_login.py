@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from atproto_session import LockTimeoutError, OAuthCallbackError, OAuthClient, StoreError, TransportError
+from atproto_session import IdentityError, LockTimeoutError, OAuthCallbackError, OAuthClient, StoreError, TransportError
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .core import wait_until
@@ -33,6 +33,35 @@ def test_a_log_in_ends_in_the_browser_that_began_it(
 def test_a_log_in_tells_the_verified_handle(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     result = client.callback(network.authorize(client.authorize(account.handle, state="mine"), account))
     assert (result.handle, result.state) == (account.handle, "mine")
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        "@{handle}",
+        "at://{handle}/",
+        "https://bsky.app/profile/{handle}",
+        "\u201c{handle}\u201d",
+        "https://x.app/profile/{did}",
+    ],
+)
+def test_an_account_is_what_people_paste(
+    network: LocalNetwork, client: OAuthClient, account: Account, pasted: str
+) -> None:
+    url = client.authorize(f" {pasted.format(handle=account.handle, did=account.did)}\n")
+    assert client.callback(network.authorize(url, account)).session.did == account.did
+
+
+def test_what_is_no_account_is_told_to_people(network: LocalNetwork, client: OAuthClient) -> None:
+    with pytest.raises(IdentityError, match=r"^no account has the handle nobody\.test; check its spelling") as caught:
+        client.authorize("nobody.test")
+    assert not caught.value.retryable
+    with pytest.raises(IdentityError, match=r"^the account did:plc:a+ does not exist; check its spelling$") as caught:
+        client.authorize(f"did:plc:{'a' * 24}")
+    assert not caught.value.retryable
+    with pytest.raises(IdentityError, match=r"^'nobody' is not a handle such as alice\.example\.com$"):
+        client.authorize("nobody")
+    assert network.requests("/oauth/par") == 0
 
 
 def test_a_log_in_keeps_to_its_bound(network: LocalNetwork, client: OAuthClient, account: Account) -> None:

@@ -166,12 +166,14 @@ class TestGrantAndScope:
         [
             ("application_type", "browser"),
             ("application_type", None),
-            ("grant_types", ["authorization_code"]),
+            ("grant_types", []),
+            ("grant_types", ["refresh_token"]),
+            ("grant_types", ["authorization_code", "authorization_code"]),
             ("grant_types", ["authorization_code", "refresh_token", "implicit"]),
             ("grant_types", ["authorization_code", "refresh_token", "refresh_token"]),
             ("grant_types", "authorization_code"),
             ("response_types", ["token"]),
-            ("response_types", ["code", "code id_token"]),
+            ("response_types", ["code", "nonsense"]),
             ("response_types", []),
             ("response_types", [["code"]]),
             ("dpop_bound_access_tokens", False),
@@ -187,10 +189,15 @@ class TestGrantAndScope:
             ("scope", ""),
             ("scope", None),
             ("scope", ["atproto"]),
+            ("scope", "atproto a atproto"),
         ],
     )
     def test_refuses_others(self, field: str, value: object) -> None:
         refusal(field, lambda: client(**{field: value}))
+
+    def test_what_the_specification_leaves_free(self) -> None:
+        assert client(grant_types=["authorization_code"]).document()["grant_types"] == ["authorization_code"]
+        assert client(response_types=["code", "code id_token"]).document()["response_types"][1] == "code id_token"
 
     def test_grant_types_in_any_order(self) -> None:
         assert client(grant_types=["refresh_token", "authorization_code"]).grant_types[0] == "refresh_token"
@@ -200,7 +207,7 @@ class TestGrantAndScope:
         scope = "atproto transition:generic transition:chat.bsky transition:email"
         assert client(scope=scope).scope == scope
         assert client(scope="atproto x:y? include:com.example.perms?aud=did:web:a.com%23b").scope
-        assert client(scope="atproto a atproto").scope == "atproto a"
+        assert "twice" in refusal("scope", lambda: client(scope="atproto a atproto"))
         assert "transition:generic" in refusal("scope", lambda: client(scope="atproto transition:chat.bsky"))
 
     @pytest.mark.duty(19, 23, 44)
@@ -218,7 +225,14 @@ class TestRedirectUris:
     @pytest.mark.duty(21)
     @pytest.mark.parametrize(
         "uri",
-        [CALLBACK, "https://other.example.org/cb?x=1", "https://app.example.com:8443/cb", "https://App.Example.com/"],
+        [
+            CALLBACK,
+            "https://other.example.org/cb?x=1",
+            "https://app.example.com:8443/cb",
+            "https://App.Example.com/",
+            "https://my_app.example.com/cb",
+            "https://_a.example.com/cb_1",
+        ],
     )
     def test_of_a_web_client(self, uri: str) -> None:
         assert client(redirect_uris=[uri]).redirect_uris == (uri,)
@@ -239,6 +253,9 @@ class TestRedirectUris:
             ("https://u:p@app.example.com/cb", "user name"),
             ("com.example.app:/cb", "web client"),
             ("javascript:alert(1)", "web client"),
+            ("HTTPS://app.example.com/cb", "web client"),
+            ("https://a b_c.example.com/cb", "not a URL"),
+            ("https://app.test/cb", "reserved"),
             ("/cb", "web client"),
         ],
     )
@@ -320,6 +337,7 @@ class TestRedirectUris:
             ("http://127.0.0.1/cb", "http://localhost:8080/cb", False),
             ("http://127.0.0.1/cb", "https://127.0.0.1:8080/cb", False),
             ("http://127.0.0.1/cb", "http://127.0.0.1:123456/cb", False),
+            ("http://127.0.0.1/cb", "HTTP://127.0.0.1:8080/cb", False),
         ],
     )
     def test_loopback_ports_are_free_where_none_is_registered(self, registered: str, asked: str, matches: bool) -> None:
@@ -339,6 +357,7 @@ class TestPages:
             "https://app.example.com/oauth",
             "https://app.example.com/oauth/",
             "https://APP.example.com/",
+            "https://app.example.com/#about",
             CLIENT_ID,
         ],
     )
@@ -353,6 +372,9 @@ class TestPages:
             ("https://app.example.com/oau", "parent"),
             ("https://app.example.com/about", "parent"),
             ("http://app.example.com/", "https"),
+            ("HTTPS://app.example.com/", "lower case"),
+            ("https://app.test/", "reserved"),
+            ("https://app.example.com/#a#b", "fragment"),
         ],
     )
     def test_and_nothing_else(self, uri: str, told: str) -> None:
@@ -360,8 +382,25 @@ class TestPages:
 
     @pytest.mark.parametrize("field", ["logo_uri", "tos_uri", "policy_uri"])
     def test_other_pages_are_https(self, field: str) -> None:
-        assert client(**{field: "https://cdn.example.net:8443/x.png"}).document()[field]
-        for value in ("http://cdn.example.net/x.png", "data:,x", "https://localhost/x", "javascript:x()", "x", "", 5):
+        for good in (
+            "https://cdn.example.net:8443/x.png",
+            "https://app.test/logo.png",
+            "https://example.com/terms?a=b#privacy",
+            "https://my_cdn.example.com/x",
+        ):
+            assert client(**{field: good}).document()[field] == good
+        for value in (
+            "https://printer.local/x",
+            "HTTPS://example.com/",
+            "HTTP://example.com/",
+            "http://cdn.example.net/x.png",
+            "data:,x",
+            "https://localhost/x",
+            "javascript:x()",
+            "x",
+            "",
+            5,
+        ):
             refusal(field, partial(client, **{field: value}))
 
 
@@ -380,8 +419,6 @@ class TestAuthentication:
         ("field", "value"),
         [
             ("token_endpoint_auth_signing_alg", "ES256"),
-            ("jwks_uri", "https://app.example.com/jwks.json"),
-            ("jwks", KEYS.jwks()),
             ("token_endpoint_auth_method", "client_secret_basic"),
             ("token_endpoint_auth_method", None),
             ("token_endpoint_auth_method", ["none"]),
@@ -389,6 +426,51 @@ class TestAuthentication:
     )
     def test_public_has_no_keys_and_no_secret(self, field: str, value: object) -> None:
         refusal(field, lambda: client(**{field: value}))
+
+    def test_public_may_publish_keys(self) -> None:
+        assert client(jwks=KEYS.jwks()).document()["jwks"] == KEYS.jwks()
+        assert client(jwks_uri="https://app.example.com/jwks.json").document()["jwks_uri"]
+        refusal("jwks", lambda: client(jwks=KEYS.jwks(), jwks_uri="https://app.example.com/jwks.json"))
+
+    @pytest.mark.duty(20)
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"key_ops": ["sign"]}, "key_ops"),
+            ({"key_ops": ["sign", "verify"]}, "key_ops"),
+            ({"key_ops": ["verify", "verify"]}, "key_ops"),
+            ({"key_ops": []}, "key_ops"),
+            ({"key_ops": None}, "key_ops"),
+            ({"alg": "RS256"}, "alg"),
+            ({"alg": "ES384"}, "alg"),
+            ({"alg": None}, "alg"),
+            ({"use": "enc"}, "use"),
+            ({"use": None}, "use"),
+            ({"kty": "RSA"}, "kty"),
+            ({"kty": "oct"}, "kty"),
+            ({"kty": ["EC"]}, "kty"),
+            ({"crv": "P-384"}, "alg"),
+            ({"crv": {}}, "kty"),
+            ({"x": ""}, "x or y"),
+            ({"y": 7}, "x or y"),
+        ],
+    )
+    def test_keys_that_servers_do_not_take(self, changes: dict[str, Any], told: str) -> None:
+        first, second = KEYS.jwks()["keys"]
+        jwks = {"keys": [first, second | {"alg": "ES256"} | changes]}
+        for make in (client, confidential):
+            assert told in refusal("jwks", partial(make, jwks=jwks))
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            KEYS.jwks()["keys"][0] | {"use": "sig", "key_ops": ["verify"]},
+            {"kty": "RSA", "kid": "a", "n": "AQAB", "e": "AQAB", "alg": "PS256"},
+            {"kty": "OKP", "kid": "a", "crv": "Ed25519", "x": "AQAB"},
+        ],
+    )
+    def test_keys_that_servers_take(self, key: dict[str, Any]) -> None:
+        assert confidential(jwks={"keys": [key]}).document()["jwks"] == {"keys": [key]}
 
     @pytest.mark.duty(20)
     def test_confidential(self) -> None:
@@ -498,7 +580,7 @@ class TestDocument:
         assert pickle.loads(pickle.dumps(metadata)) == copy.deepcopy(metadata) == metadata
 
     def test_members_not_known_here_are_left_out(self) -> None:
-        document = client().document() | {"contacts": ["a@example.com"], "logo_uri": None, "subject_type": "public"}
+        document = client().document() | {"contacts": ["a@example.com"], "x": None, "subject_type": "public"}
         assert ClientMetadata.from_document(document) == client()
 
     @pytest.mark.duty(18, 19, 20)
@@ -512,6 +594,7 @@ class TestDocument:
             "response_types",
             "token_endpoint_auth_method",
             "token_endpoint_auth_signing_alg",
+            "jwks",
             "dpop_bound_access_tokens",
         ],
     )
@@ -519,6 +602,29 @@ class TestDocument:
         document = confidential(jwks=KEYS.jwks()).document()
         del document[member]
         refusal(member, lambda: ClientMetadata.from_document(document))
+
+    @pytest.mark.parametrize(
+        ("member", "value"),
+        [
+            ("client_name", None),
+            ("logo_uri", None),
+            ("scope", None),
+            ("contacts", None),
+            ("contacts", ["nobody"]),
+            ("contacts", [1]),
+            ("contacts", "a@example.com"),
+            ("subject_type", "pairwise"),
+            ("default_max_age", 60),
+            ("id_token_signed_response_alg", "ES256"),
+            ("require_auth_time", "true"),
+            ("request_object_signing_alg", 1),
+            ("tls_client_certificate_bound_access_tokens", True),
+            ("authorization_details_types", ["a"]),
+        ],
+    )
+    def test_members_that_servers_refuse(self, member: str, value: object) -> None:
+        document = client().document() | {member: value}
+        assert "authorization servers refuse" in refusal(member, lambda: ClientMetadata.from_document(document))
 
     @pytest.mark.parametrize("document", [None, [], "{}", 5])
     def test_is_an_object(self, document: Any) -> None:
@@ -580,12 +686,24 @@ class TestDevelopmentClient:
 
     @pytest.mark.duty(22)
     def test_leaves_out_what_is_the_default(self) -> None:
-        assert ClientMetadata.loopback("atproto atproto").client_id == "http://localhost"
+        assert ClientMetadata.loopback("atproto").client_id == "http://localhost"
+        refusal("scope", lambda: ClientMetadata.loopback("atproto atproto"))
         assert "redirect_uri" not in ClientMetadata.loopback("atproto a").client_id
         assert "scope" not in ClientMetadata.loopback(redirect_uris=["http://127.0.0.1/cb"]).client_id
-        # Not the default: its first URI is another.
-        swapped = ClientMetadata.loopback(redirect_uris=["http://[::1]/", "http://127.0.0.1/"])
-        assert swapped.redirect_uris[0] == "http://[::1]/"
+        # As the other implementations have it, order and duplicates do not matter here.
+        swapped = ClientMetadata.loopback(redirect_uris=["http://[::1]/", "http://127.0.0.1/", "http://[::1]/"])
+        assert swapped.client_id == "http://localhost"
+
+    @pytest.mark.duty(22)
+    def test_is_written_as_other_implementations_write_it(self) -> None:
+        """The values are of ``buildAtprotoLoopbackClientId`` of ``@atproto/oauth-types``."""
+        uri = "http://127.0.0.1:80/a_b-c.d~e*f!g'(h)?i=j&k=%20l+m"
+        assert ClientMetadata.loopback("atproto repo:*?action=create~", [uri, "http://[::1]/", uri]).client_id == (
+            "http://localhost?scope=atproto+repo%3A*%3Faction%3Dcreate%7E"
+            "&redirect_uri=http%3A%2F%2F127.0.0.1%3A80%2Fa_b-c.d%7Ee*f%21g%27%28h%29%3Fi%3Dj%26k%3D%2520l%2Bm"
+            "&redirect_uri=http%3A%2F%2F%5B%3A%3A1%5D%2F"
+            "&redirect_uri=http%3A%2F%2F127.0.0.1%3A80%2Fa_b-c.d%7Ee*f%21g%27%28h%29%3Fi%3Dj%26k%3D%2520l%2Bm"
+        )
 
     @pytest.mark.duty(22)
     @pytest.mark.parametrize(
@@ -661,7 +779,8 @@ class TestDevelopmentClient:
     def test_is_always_public(self) -> None:
         method = "token_endpoint_auth_method"
         refusal(method, lambda: ClientMetadata("http://localhost", token_endpoint_auth_method="private_key_jwt"))
-        refusal("keyset", lambda: ClientMetadata.loopback().check_with_keyset(KEYS))
+        told = refusal("keyset", lambda: ClientMetadata.loopback().check_with_keyset(KEYS))
+        assert "a loopback client is public" in told
 
     @pytest.mark.duty(22)
     @pytest.mark.parametrize(

@@ -416,7 +416,7 @@ def stage(network: LocalNetwork, store: str) -> Iterator[Stage]:
 
 def forget_metadata(client: OAuthClient, issuer: str) -> None:
     """As it does after some minutes."""
-    client._discovery._cached._cache.delete(metadata_url(issuer))
+    client._discovery._servers._cache.delete(metadata_url(issuer))
 
 
 def metadata_url(issuer: str) -> str:
