@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from atproto_session import ClientMetadata, LockTimeoutError, OAuthClient, SessionUpdatedEvent
+from atproto_session._threads import _IDLE
 
 from ..scenes import GET_SESSION
 from .interrupt_refresh import TimeLimit, raise_in
@@ -139,9 +140,11 @@ def main() -> None:
     client.sessions.get_session(burst.did, True, timeout=20.0)  # no lock of the process is left taken
     client.sessions.close()
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    for thread in others:
-        thread.join(20.0)  # it may be about to end
-    alive = [thread.name for thread in others if thread.is_alive()]
+    deadline = time.monotonic() + 20.0  # some may be about to end, or to wait for more work
+    while (alive := [each.name for each in others if each.is_alive() and each.name != _IDLE]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
     print(json.dumps({"struck": burst.struck, "errors": burst.errors, "alive": alive}), flush=True)
     sys.stdin.readline()
 
