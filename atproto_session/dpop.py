@@ -108,7 +108,7 @@ class Answer:
         """
         wants_nonce = status in (400, 401) and (
             "use_dpop_nonce" in challenge_errors(headers)
-            or _error_in(body() if callable(body) else body) == "use_dpop_nonce"
+            or error_in(body() if callable(body) else body) == "use_dpop_nonce"
         )
         return cls(headers.get("DPoP-Nonce"), wants_nonce)
 
@@ -202,7 +202,7 @@ def challenge_errors(headers: Mapping[str, str]) -> set[str]:
     return errors
 
 
-def _error_in(body: bytes) -> object:
+def error_in(body: bytes) -> object:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
@@ -12,11 +12,12 @@ import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.auth import AuthBase
 from requests.utils import rewind_body
+from urllib3.util import Retry
 
 from ._urls import origin
-from .dpop import Answer, NonceCache, challenge_errors, dpop_flow, next_proof
-from .errors import AuthMethodUnsatisfiableError, TokenInvalidError, TransportError, printable
-from .keys import load_private_key
+from .dpop import Answer, NonceCache, challenge_errors, dpop_flow, error_in, next_proof
+from .errors import SessionError, TokenInvalidError, TransportError, printable
+from .records import check_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
 
@@ -26,6 +27,9 @@ _log = logging.getLogger("atproto_session")
 _DEFAULT_TIMEOUT = (10.0, 60.0)
 #: The token that was stored, one that another worker has brought, one that is refreshed for this request.
 _TOKENS_TRIED = 3
+#: How long to wait before a token that was just issued is tried again, each time, in seconds. A server that was just
+#: started, or a copy that lags behind, may not know it yet. One that refuses it after all this refuses the session.
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
 #: For how long a session that was just read is not read again, in seconds. Should its token be replaced meanwhile, the
 #: server says so.
 _KNOWN_FOR = 0.5
@@ -37,6 +41,7 @@ class Signer:
     """Signs the requests of one account and judges the answers. No I/O but the getter's.
 
     :param session: what the getter has just returned: not read again for a request that follows at once.
+    :param sleep: lets time pass, in the thread of the caller.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class Signer:
         *,
         timeout: float | None = None,
         session: Session | None = None,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.getter = getter
         self.key = key
         self._nonces = nonces
         self._timeout = timeout
         self._clock = getter.freshness.clock
+        self._sleep = sleep
         self._known = session
         self._known_until = time.monotonic() + _KNOWN_FOR
 
@@ -63,17 +70,27 @@ class Signer:
         that the server asked for (RFC 9449 section 9), or with a newer token in the place of one that it refused.
 
         :param audience: the PDS as it was when the URL was made; such a URL follows the account when it moves.
-        :raises TokenInvalidError: a token that had just been issued was refused; the session has been deleted.
+        :raises TokenInvalidError: a token that had just been issued was refused for seconds; the session is ended.
         :raises SessionError: the request would go to somebody else than the account's PDS, or there is no good token.
         """
-        began, rejected = self._clock(), None
-        for _ in range(_TOKENS_TRIED):
+        try:
+            yield from self._flow(request, audience)
+        except SessionError as error:
+            error.about(self.key)
+            raise
+
+    def _flow(
+        self, request: requests.PreparedRequest, audience: str | None
+    ) -> Generator[requests.PreparedRequest, requests.Response, None]:
+        began, rejected, tried, pauses = self._clock(), None, 0, iter(_PAUSES)
+        while tried < _TOKENS_TRIED:
             session = self._take_known() or self.getter.get_session(self.key, rejected=rejected, timeout=self._timeout)
             tokens = session.token_set
             _aim(request, audience, tokens)
             audience = tokens.aud
+            check_key(self.key, session)
             proofs = dpop_flow(
-                _usable_key(self.key, session),
+                session.dpop_key,
                 request.method or "GET",
                 request.url or "",
                 self._nonces,
@@ -86,19 +103,24 @@ class Signer:
                 request.headers["DPoP"] = proof
                 response = yield request
                 answer = _answer_of(response)
-                if answer.nonce is None:
-                    _log.info("%s answered a request of %s without a DPoP nonce", tokens.aud, self.key)
+                if response.ok:
+                    self._nonces.check(answer, request.url or "")
                 proof = next_proof(proofs, answer)
                 if proof is not None and not _rewind(request):
                     return
             if not _is_refused(response):
                 return
-            just_issued = (session.refreshed_at or 0.0) >= began and not self.getter.freshness.is_expired(tokens)
-            if rejected is not None and just_issued:
-                self._give_up(session)
             if not _rewind(request):
+                _log.warning("a request of %s was refused, and its body cannot be sent again", self.key)
                 return
-            rejected = tokens.access_token
+            just_issued = (session.refreshed_at or 0.0) >= began and not self.getter.freshness.is_expired(tokens)
+            if rejected is None or not just_issued:
+                rejected, tried = tokens.access_token, tried + 1
+            elif (pause := next(pauses, None)) is not None:
+                self._sleep(pause)  # the next try takes what is stored by then
+            else:
+                self._give_up(session)
+                return
 
     def forget(self) -> None:
         """Read the session again for the next request, however recently that was done."""
@@ -122,7 +144,7 @@ class DPoPAdapter(BaseAdapter):
     """Sends the requests of one account over the connections of its client. The proof is made here, below redirects
     and proxies, so that no two requests share one."""
 
-    def __init__(self, signer: Signer, pool: HTTPAdapter, audience: str) -> None:
+    def __init__(self, signer: Signer, pool: BaseAdapter, audience: str) -> None:
         super().__init__()
         self.audience = audience
         self._signer = signer
@@ -163,13 +185,20 @@ class OAuthSession(requests.Session):
     """
 
     def __init__(self, signer: Signer, pool: HTTPAdapter, session: Session) -> None:
+        self._signer = signer
+        self._adapter = DPoPAdapter(signer, pool, session.token_set.aud)
         super().__init__()
         self.adapters.clear()
         self.auth = _unchanged  # or requests would read ~/.netrc for every request
-        self._signer = signer
-        self._adapter = DPoPAdapter(signer, pool, session.token_set.aud)
-        self.mount("", self._adapter)
+        super().mount("", self._adapter)
         self.did = subject_of(signer.key)
+
+    def mount(self, prefix: str | bytes, adapter: BaseAdapter) -> None:
+        """As in requests. What ``adapter`` sends is signed before, and goes to the account's PDS alone. If it repeats
+        requests of its own accord (``max_retries``), it is asked not to: the second time, a proof would be refused."""
+        if isinstance(adapter, HTTPAdapter):
+            adapter.max_retries = Retry(0, read=False)
+        super().mount(prefix, DPoPAdapter(self._signer, adapter, self._adapter.audience))
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """As in requests, with a relative URL taken from the account's PDS."""
@@ -225,16 +254,18 @@ class AccountAuth(AuthBase):
         self._signer = signer
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if not isinstance(request, requests.PreparedRequest):
+            raise TypeError(f"client.auth() is for requests, not for {type(request).__module__.partition('.')[0]}")
         flow = self._signer.flow(request)
         next(flow)
-        request.hooks["response"].append(_Exchange(self._signer, request, flow))
+        request.hooks["response"].append(_SignedRequest(self._signer, request, flow))
         return request
 
     def __repr__(self) -> str:
         return f"<AccountAuth {self._signer.key}>"
 
 
-class _Exchange:
+class _SignedRequest:
     """Goes on with a signed request once its response is there."""
 
     def __init__(
@@ -267,14 +298,6 @@ class _Exchange:
             _read_refusal(response, options.get("stream", False))
             signed = _resume(self._flow, response)
         return response
-
-
-def _usable_key(key: str, session: Session) -> Mapping[str, Any]:
-    try:
-        load_private_key(session.dpop_key)
-    except ValueError as error:
-        raise AuthMethodUnsatisfiableError(f"the DPoP key of the session {key} cannot be used: {error}") from error
-    return session.dpop_key
 
 
 def _resume(
@@ -314,7 +337,10 @@ def _answer_of(response: requests.Response) -> Answer:
 
 
 def _is_refused(response: requests.Response) -> bool:
-    """Whether it was the token that the server did not like (RFC 6750 section 3.1). A 403 never is about that."""
+    """Whether it was the token that the server did not like (RFC 6750 section 3.1). Some say so by the error of an XRPC
+    method alone. A 403 never is about that."""
+    if response.status_code == 400 and _is_small(response) and "json" in response.headers.get("Content-Type", ""):
+        return error_in(response.content) == "ExpiredToken"
     return response.status_code == 401 and "invalid_token" in challenge_errors(response.headers)
 
 

@@ -418,6 +418,7 @@ def test_tokens_refused_for_good_end_the_session(
 ) -> None:
     events: list[SessionDeletedEvent] = []
     client.sessions.on_deleted(events.append)
+    session._signer._sleep = lambda seconds: None
     network.reject_access_tokens(session.did)
     with pytest.raises(TokenInvalidError) as caught:
         session.get(ECHO)
@@ -509,6 +510,7 @@ def test_requests_of_ones_own(network: LocalNetwork, client: OAuthClient, sessio
     assert response.status_code == 200
     assert response.json()["length"] == 5
     assert [earlier.status_code for earlier in response.history] == [401]
+    session._signer._sleep = lambda seconds: None
     network.reject_access_tokens(session.did)
     with pytest.raises(TokenInvalidError):
         own.get(url, auth=auth)

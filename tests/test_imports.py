@@ -114,8 +114,8 @@ def test_nothing_is_validated_by_assert() -> None:
 TESTS = Path(__file__).parent
 #: Rooms whose modules are tested together, by the name of the room.
 TESTED_AS_ONE = {"stores", "locks", "demo", "contracts"}
-#: Modules without anything to test by itself, and those whose tests are elsewhere.
-TESTED_ELSEWHERE = {"steps.py", "oauth_session.py"}
+#: Modules without anything to test by itself.
+TESTED_ELSEWHERE = {"steps.py"}
 
 
 def where_tested(module: Path) -> Path:

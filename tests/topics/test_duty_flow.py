@@ -555,7 +555,7 @@ def test_a_resource_answer_without_a_nonce_is_logged_and_counts_all_the_same(
     network.fault("resource", "no_nonce")
     assert session.get(ECHO).status_code == 200
     assert network.pds_url in caplog.text
-    assert "without a DPoP nonce" in caplog.text
+    assert "without DPoP nonces" in caplog.text
     assert network.rotations == 0
 
 
