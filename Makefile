@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     steps.py terms.py cached_getter.py records.py rests.py refresh.py driver.py session_getter.py))
 
-.PHONY: help demo test lint soak fuzz bench clean
+.PHONY: help demo test lint model soak fuzz bench clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -38,6 +38,9 @@ lint: $(VENV)/.made  ## mypy --strict and ruff
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+model: $(VENV)/.made  ## every order of events of a refresh, with two and with three workers
+	$(BIN)/python -m tests.model
 
 SECONDS ?= 60
 STORE   ?= sqlite

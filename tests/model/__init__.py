@@ -1,8 +1,8 @@
-"""The refresh protocol as a small state machine, and a search through all that it can come to.
+"""An exhaustive search through the protocols of :mod:`atproto_session.refresh` and :mod:`atproto_session.records`.
 
-:mod:`.protocol` has the steps of :mod:`atproto_session.session_getter`, one for each access to what the workers share,
-and says what must never happen. :mod:`.search` goes through every order in which the steps of some workers, a log-out
-and a log-in can follow each other, with a crash possible before each and an answer lost at every request.
+It drives the generators themselves. :mod:`.protocols` finds out where each can stand. :mod:`.world` has what they
+share, what can be next and what must never happen, :mod:`.search` goes through every order of steps, and :mod:`.mechanisms`
+takes out one mechanism at a time, to see that it is needed.
 
-``python -m tests.model --workers 3 --lease`` goes further than the tests have time for.
+``make model`` goes further than the tests have time for.
 """

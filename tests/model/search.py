@@ -4,80 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .protocol import Protocol, Record, State, Violation
-
-#: The state before, who did what in it, and how the workers were put in order afterwards.
-Step = tuple[State, int | None, str, tuple[int, ...]]
+from .world import State, Violation, World
 
 
 @dataclass(frozen=True)
 class Result:
-    """:ivar states: how many there are, or were seen. States that differ in the order of the workers alone are one.
-    :ivar violation: what must never happen and can, else ``None``.
+    """:ivar states: how many there are, or were seen.
+    :ivar steps: how many were taken.
+    :ivar violation: what must never happen and can, or ``None``.
     :ivar trace: the shortest way there.
     """
 
     states: int
+    steps: int
     violation: str | None = None
     trace: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         verdict = self.violation or "nothing that must not happen"
-        return "\n  ".join((f"{self.states} states: {verdict}", *self.trace))
+        return "\n  ".join((f"{self.states} states, {self.steps} steps: {verdict}", *self.trace))
 
 
-def search(protocol: Protocol, *, most: int | None = None) -> Result:
-    """:param most: do not begin another layer after so many states."""
-    came_from: dict[State, Step | None] = dict.fromkeys(protocol.initial())
-    layer = list(came_from)
+def search(world: World, *, most: int | None = None) -> Result:
+    """:param most: begin no other layer after so many states."""
+    came_from: dict[State, tuple[State, int | None, str] | None] = dict.fromkeys(world.initial())
+    layer, taken = list(came_from), 0
     while layer and (most is None or len(came_from) < most):
         reached = []
         for state in layer:
             try:
-                protocol.check(state)
-                at_end = True
-                for who, what, following in protocol.steps(state):
-                    at_end = False
-                    order, new = _in_order(following, protocol.workers)
-                    if new not in came_from:
-                        came_from[new] = state, who, what, order
-                        reached.append(new)
-                if at_end:
-                    protocol.check_end(state)
+                world.check(state)
+                can_go_on = False
+                for who, what, following in world.moves(state):
+                    taken += 1
+                    can_go_on = can_go_on or (who is not None and what != "dies")
+                    if following not in came_from:
+                        came_from[following] = state, who, what
+                        reached.append(following)
+                if not can_go_on:
+                    world.check_end(state)
             except Violation as violation:
-                return Result(len(came_from), str(violation), _trace(protocol, came_from, state, violation.who))
+                return Result(len(came_from), taken, str(violation), _trace(world, came_from, state))
         layer = reached
-    return Result(len(came_from))
+    return Result(len(came_from), taken)
 
 
-def _in_order(s: State, workers: int) -> tuple[tuple[int, ...], State]:
-    """The same state with the workers sorted by where they are: which of them is which makes no difference."""
-    keys = [actor[:2] for actor in s.actors[:workers]]
-    if all(keys[n] <= keys[n + 1] for n in range(workers - 1)):
-        return (), s
-    order = sorted(range(workers), key=keys.__getitem__)
-    place = {old: new for new, old in enumerate(order)}
-
-    def renumbered(record: Record) -> Record:
-        if record.attempt is None:
-            return record
-        return record._replace(attempt=(place[record.attempt[0]], *record.attempt[1:]))
-
-    sorted_ = (s.actors[old]._replace(session=renumbered(s.actors[old].session)) for old in order)
-    holder = s.holder if s.holder is None else place.get(s.holder, s.holder)
-    return tuple(order), s._replace(record=renumbered(s.record), actors=(*sorted_, *s.actors[workers:]), holder=holder)
-
-
-def _trace(
-    protocol: Protocol, came_from: dict[State, Step | None], state: State, culprit: int | None
-) -> tuple[str, ...]:
-    steps = []
-    while (step := came_from[state]) is not None:
-        state, who, what, order = step
-        steps.append((who, what, order))
-    names = [*(f"worker {number + 1}" for number in range(protocol.workers)), *protocol.owner]
+def _trace(world: World, came_from: dict[State, tuple[State, int | None, str] | None], state: State) -> tuple[str, ...]:
     trace = []
-    for who, what, order in reversed(steps):
-        trace.append(what if who is None else f"{names[who]} {what}")
-        names = [names[old] for old in order] + names[len(order) :]
-    return (*trace,) if culprit is None else (*trace, f"{names[culprit]} does it")
+    while (step := came_from[state]) is not None:
+        state, who, what = step
+        trace.append(what if who is None else f"{world.kinds[who].name} {what}")
+    return (*reversed(trace),)
