@@ -1,5 +1,6 @@
 """AT Protocol (Bluesky) OAuth sessions that stay alive across threads, processes and machines."""
 
+from ._terms import Times
 from .cached_getter import CachedGetter, GetOptions
 from .client import CallbackResult, OAuthClient
 from .errors import (
@@ -34,7 +35,6 @@ from .session import (
 )
 from .session_getter import SessionGetter
 from .stores import JSONStore, MemoryStore, SQLiteStore, open_store, rotate_encryption
-from .terms import Times
 
 __all__ = [
     "AuthMethodUnsatisfiableError",

@@ -11,6 +11,9 @@ from requests.auth import AuthBase
 
 from ._adapter import HardenedAdapter
 from ._flights import Flight, Flights
+from ._login import LoginFlow
+from ._records import log
+from ._terms import Times
 from ._warm import warm_up
 from .discovery import Discovery
 from .dpop import NonceCache
@@ -18,15 +21,12 @@ from .errors import StoreError
 from .identity import IdentityResolver, check_did
 from .keys import Keyset
 from .locks import Locks
-from .login import LoginFlow
 from .metadata import ClientMetadata
 from .oauth_session import AccountAuth, OAuthSession, Signer
-from .records import log
 from .server import AccountAuthority
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent
 from .session_getter import SessionGetter
 from .stores import EncryptionKeys, SessionStore, complete, is_safe_between_processes, open_store
-from .terms import Times
 from .transport import Transport
 
 T = TypeVar("T")

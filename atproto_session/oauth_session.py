@@ -14,10 +14,10 @@ from requests.auth import AuthBase
 from requests.utils import rewind_body
 from urllib3.util import Retry
 
+from ._records import check_key
 from ._urls import origin
 from .dpop import Answer, NonceCache, challenge_errors, dpop_flow, error_in, next_proof
 from .errors import SessionError, TokenInvalidError, TransportError, printable
-from .records import check_key
 from .session import Session, TokenInfo, TokenSet, subject_of
 from .session_getter import SessionGetter
 

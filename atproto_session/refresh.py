@@ -2,14 +2,18 @@
 
 A refresh token works once, and :class:`Refresh` is the only way to where one is spent. The record keeps workers apart:
 before a token is spent, an *attempt* is written into it by compare-and-set, and of all workers that have read one
-record, one succeeds. The account's lock lets the others wait cheaply. The steps are those of :mod:`.steps`.
+record, one succeeds. The account's lock lets the others wait cheaply. The steps are those of :mod:`._steps`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from . import steps
+from . import _steps as steps
+from ._records import check_client, check_key, found, holds_spent_token, log, newer, remove, updated
+from ._rests import OAUTH_ERRORS, check_rest, rest_after
+from ._steps import Protocol, Request
+from ._terms import Terms, Wanted
 from ._worker import Life
 from .errors import (
     CancelledError,
@@ -22,11 +26,7 @@ from .errors import (
     TransportError,
 )
 from .locks import LockKind
-from .records import check_client, check_key, found, holds_spent_token, log, newer, remove, updated
-from .rests import OAUTH_ERRORS, check_rest, rest_after
 from .session import Attempt, Session, fault_in
-from .steps import Protocol, Request
-from .terms import Terms, Wanted
 
 _ROUNDS = 10  # how often a refresh begins anew because another worker came first
 

@@ -12,9 +12,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-from . import records
+from . import _records as records
+from ._driver import Authority, World, drive
 from ._flights import Flight, Flights
-from .driver import Authority, World, drive
+from ._records import log
+from ._rests import check_rest
+from ._steps import Protocol
+from ._terms import Terms, Times, Wanted
 from .errors import (
     CancelledError,
     LockTimeoutError,
@@ -25,13 +29,9 @@ from .errors import (
     printable,
 )
 from .locks import LockKind, Locks
-from .records import log
 from .refresh import Refresh
-from .rests import check_rest
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
-from .steps import Protocol
 from .stores import SessionStore, complete
-from .terms import Terms, Times, Wanted
 
 #: How many refreshes there may be at a time of accounts of one PDS, and of one authorization server. A server that does
 #: not answer keeps no account of another one waiting.

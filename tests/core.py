@@ -15,9 +15,9 @@ import pytest
 
 from atproto_session import CachedGetter, ClientAuthMethod, Session, SessionGetter, TokenSet, server
 from atproto_session._flights import Flight
+from atproto_session._terms import Times
 from atproto_session.keys import generate_jwk
 from atproto_session.locks import LockKind
-from atproto_session.terms import Times
 
 DID = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
 KEY = generate_jwk()

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from atproto_session import MemoryStore, Session, StoreError, TransportError, steps
+from atproto_session import MemoryStore, Session, StoreError, TransportError
+from atproto_session import _steps as steps
+from atproto_session._driver import World, _Driver, drive
 from atproto_session._flights import Flight
-from atproto_session.driver import World, _Driver, drive
 from atproto_session.locks import ThreadLocks
 
 from .core import DID, FakeAuthority, make_session

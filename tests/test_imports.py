@@ -20,16 +20,16 @@ FLOORS = [
     ["errors", "_fork", "_urls", "_worker", "_bodies"],
     ["session", "keys", "_threads"],
     ["dpop", "locks", "_flights"],
-    ["stores", "steps", "terms", "cached_getter", "_recent"],
-    ["records", "rests"],
-    ["refresh", "driver"],
+    ["stores", "_steps", "_terms", "cached_getter", "_recent"],
+    ["_records", "_rests"],
+    ["refresh", "_driver"],
     ["session_getter", "_adapter"],
     ["transport"],
     ["identity"],
     ["discovery", "metadata"],
     ["client_auth"],
     ["server", "oauth_session", "_warm"],
-    ["login"],
+    ["_login"],
     ["client"],
     ["testing"],
     ["demo"],
@@ -115,7 +115,7 @@ TESTS = Path(__file__).parent
 #: Rooms whose modules are tested together, by the name of the room.
 TESTED_AS_ONE = {"stores", "locks", "demo", "contracts"}
 #: Modules without anything to test by itself.
-TESTED_ELSEWHERE = {"steps.py"}
+TESTED_ELSEWHERE = {"_steps.py"}
 
 
 def where_tested(module: Path) -> Path:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from atproto_session import LockTimeoutError, SessionNotFoundError, StoreError, TokenRefreshError, TokenRevokedError
-from atproto_session import steps as s
-from atproto_session.records import check_client, end, found, log_in, log_out
+from atproto_session import _steps as s
+from atproto_session._records import check_client, end, found, log_in, log_out
 
 from .core import DID, OTHER_KEY, make_session, make_tokens
 from .test_refresh import World

@@ -18,12 +18,12 @@ from atproto_session import (
     TokenRefreshError,
     TransportError,
 )
-from atproto_session import steps as s
+from atproto_session import _steps as s
+from atproto_session._terms import Terms, Wanted
 from atproto_session._worker import Life
 from atproto_session.locks import LockKind
 from atproto_session.refresh import Refresh
 from atproto_session.session import Attempt, Freshness
-from atproto_session.terms import Terms, Wanted
 
 from .core import DID, QUICK, expired_session, make_session, successor_of
 

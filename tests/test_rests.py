@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from atproto_session import IdentityError, OAuthResponseError, SessionError, StoreError, TransportError
-from atproto_session.rests import check_rest, rest_after
+from atproto_session._rests import check_rest, rest_after
+from atproto_session._terms import Times
 from atproto_session.session import Rest
-from atproto_session.terms import Times
 
 TIMES = Times()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from atproto_session._terms import Times, Wanted
 from atproto_session.session import Freshness
-from atproto_session.terms import Times, Wanted
 
 from .core import expired_session, make_session
 

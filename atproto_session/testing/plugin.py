@@ -26,9 +26,9 @@ def atproto_network() -> Iterator[LocalNetwork]:
 def atproto_client(atproto_network: LocalNetwork) -> Iterator[OAuthClient]:
     """An :class:`.OAuthClient` on that network, with its sessions in memory. After a refresh that failed, it asks the
     server again at once."""
+    from .._terms import Times
     from ..client import OAuthClient
     from ..metadata import ClientMetadata
-    from ..terms import Times
 
     metadata = ClientMetadata.loopback(scope="atproto transition:generic")
     times = Times(first_rest=0.0, longest_rest=0.0)

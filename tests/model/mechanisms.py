@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from atproto_session import Session, TokenSet, steps
+from atproto_session import Session, TokenSet
+from atproto_session import _steps as steps
 from atproto_session._worker import Life
 from atproto_session.locks import LockKind
 from atproto_session.refresh import Refresh

@@ -13,7 +13,10 @@ from enum import Enum
 from functools import cache
 from typing import Any, ClassVar, cast
 
-from atproto_session import ClientAuthMethod, Freshness, Session, TokenSet, records, steps
+from atproto_session import ClientAuthMethod, Freshness, Session, TokenSet
+from atproto_session import _records as records
+from atproto_session import _steps as steps
+from atproto_session._terms import Terms, Times, Wanted
 from atproto_session.errors import (
     CancelledError,
     LockTimeoutError,
@@ -26,7 +29,6 @@ from atproto_session.errors import (
 from atproto_session.keys import generate_jwk
 from atproto_session.refresh import Refresh
 from atproto_session.session import Attempt, Rest
-from atproto_session.terms import Terms, Times, Wanted
 
 from ..core import DID
 from .liveness import live_after

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from atproto_session import Freshness, Session, TokenSet, steps
+from atproto_session import Freshness, Session, TokenSet
+from atproto_session import _steps as steps
+from atproto_session._terms import Terms
 from atproto_session._worker import Life
 from atproto_session.locks import LockKind
 from atproto_session.refresh import Refresh
 from atproto_session.stores.memory import holds
-from atproto_session.terms import Terms
 
 from .protocols import (
     EARLY,

@@ -29,9 +29,9 @@ from atproto_session import (
     TokenRevokedError,
     TransportError,
 )
+from atproto_session._terms import Times
 from atproto_session.server import AuthorizationServer
 from atproto_session.session import TokenSet
-from atproto_session.terms import Times
 from atproto_session.testing.network import Account
 from tests.core import SOON, Worker, an_answer_within
 from tests.loopback import closed_port

@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from atproto_session import ClientMetadata, OAuthClient, Session, SessionError, StoreError, TokenSet, open_store
-from atproto_session.terms import Times
+from atproto_session._terms import Times
 
 from ..core import SOON, Worker
 

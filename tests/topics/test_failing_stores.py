@@ -40,10 +40,10 @@ from atproto_session import (
     StoreError,
     TokenRefreshError,
 )
+from atproto_session._terms import Times
 from atproto_session.locks import ThreadLocks
 from atproto_session.session import Attempt
 from atproto_session.stores import FullStore
-from atproto_session.terms import Times
 from atproto_session.testing.network import Account, LocalNetwork
 
 from ..core import DID, QUICK, RESTLESS, SOON, FakeAuthority, Worker, expired_session

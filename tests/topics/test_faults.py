@@ -40,7 +40,7 @@ from atproto_session import (
     TokenRefreshError,
     TransportError,
 )
-from atproto_session.terms import Times
+from atproto_session._terms import Times
 from atproto_session.testing.network import LocalNetwork, Response
 
 from ..core import RESTLESS, SOON, Worker, an_answer_within, wait_until

@@ -24,10 +24,11 @@ from typing import Any
 import jwt
 import pytest
 
-from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, _fork, steps
+from atproto_session import ClientMetadata, Freshness, LockTimeoutError, OAuthClient, Session, _fork
+from atproto_session import _steps as steps
+from atproto_session._driver import _Driver
 from atproto_session._flights import Flight
 from atproto_session.dpop import generate_verifier, proof
-from atproto_session.driver import _Driver
 from atproto_session.keys import generate_jwk, load_private_key
 from atproto_session.stores import SQLiteStore, _connections, open_store
 from atproto_session.testing.network import Account, LocalNetwork

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from atproto_session import LockTimeoutError, Session, SessionError, SessionGetter, SQLiteStore, TransportError
-from atproto_session.terms import Times
+from atproto_session._terms import Times
 
 from ..core import DID, OTHER_KEY, QUICK, FakeAuthority, Gate, Worker, expired_session, make_tokens, wait_until
 

@@ -26,10 +26,10 @@ from atproto_session import (
     TokenRefreshError,
     TokenRevokedError,
 )
+from atproto_session._steps import Protocol
 from atproto_session.locks import FileLocks
 from atproto_session.refresh import Refresh
 from atproto_session.session import Attempt
-from atproto_session.steps import Protocol
 from atproto_session.testing.network import LocalNetwork, Request, Response
 
 from ..core import SOON

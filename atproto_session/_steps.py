@@ -1,6 +1,6 @@
 """What a protocol asks of the world, one access at a time.
 
-The protocols (:mod:`.refresh`, :mod:`.records`) are generators. They do no I/O and have no thread, lock or clock. They
+The protocols (:mod:`.refresh`, :mod:`._records`) are generators. They do no I/O and have no thread, lock or clock. They
 yield one of these steps, and are sent what came of it or have its error thrown into them. So the same code is driven by
 :class:`.SessionGetter` over real stores and servers, and by an exhaustive search over every order of events.
 

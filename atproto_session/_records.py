@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from . import steps
+from . import _steps as steps
+from ._steps import Protocol
 from .errors import (
     AuthMethodUnsatisfiableError,
     LockTimeoutError,
@@ -22,7 +23,6 @@ from .errors import (
 )
 from .keys import load_private_key
 from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet, subject_of
-from .steps import Protocol
 
 log = logging.getLogger("atproto_session")
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from . import steps
+from . import _steps as steps
 from ._flights import Flight
+from ._records import log
 from ._threads import Promise
 from ._worker import life_of, this_worker
 from .errors import SessionError, StoreError, TransportError, printable
 from .locks import Hold, Locks
-from .records import log
 from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent
 from .stores import FullStore
 

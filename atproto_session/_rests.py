@@ -7,9 +7,9 @@ gets that error without asking the server.
 from __future__ import annotations
 
 from . import errors
+from ._terms import Times
 from .errors import SessionError
 from .session import Rest
-from .terms import Times
 
 #: Error codes that an OAuth server gives (RFC 6749 section 5.2, RFC 9449, and those that AT Protocol servers add).
 OAUTH_ERRORS = frozenset(
