@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable
 
 from django.conf import settings
-from django.http import HttpRequest, HttpResponse, HttpResponseForbidden, JsonResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
 from django.urls import path
 from django.views.decorators.http import require_GET, require_POST
@@ -68,7 +68,7 @@ def home(request: HttpRequest) -> HttpResponse:
 def login(request: HttpRequest) -> HttpResponse:
     browser = request.session.setdefault("browser", secrets.token_urlsafe(16))
     try:
-        return redirect(client.authorize(request.POST.get("account", ""), state=browser))
+        return redirect(client.authorize(request.POST.get("account", ""), bound_to=browser))
     except (IdentityError, DiscoveryError) as error:
         return render(request, "login.html", {"problem": str(error)}, status=400)
 
@@ -76,12 +76,9 @@ def login(request: HttpRequest) -> HttpResponse:
 @require_GET
 def callback(request: HttpRequest) -> HttpResponse:
     try:
-        result = client.callback(dict(request.GET.lists()))
-    except OAuthCallbackError as error:  # the user declined, or came here twice
+        result = client.callback(dict(request.GET.lists()), bound_to=request.session.get("browser"))
+    except OAuthCallbackError as error:  # declined, twice, or another browser's
         return render(request, "login.html", {"problem": str(error)}, status=400)
-    if result.state != request.session.get("browser"):
-        result.session.sign_out()
-        return HttpResponseForbidden("This log-in was begun in another browser.")
     request.session.cycle_key()
     request.session["did"] = result.session.did
     return redirect("home")

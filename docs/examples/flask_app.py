@@ -51,19 +51,16 @@ def create_app(**options: Any) -> Flask:
     def login() -> Any:
         browser = session.setdefault("browser", secrets.token_urlsafe(16))
         try:
-            return redirect(client.authorize(request.form["account"], state=browser))
+            return redirect(client.authorize(request.form["account"], bound_to=browser))
         except (IdentityError, DiscoveryError) as error:
             return f"<p>{escape(error)}</p>{LOGIN_FORM}", 400
 
     @app.get("/oauth/callback")
     def callback() -> Any:
         try:
-            result = client.callback(request.args.to_dict(flat=False))
-        except OAuthCallbackError as error:  # the user declined, or came here twice
+            result = client.callback(request.args.to_dict(flat=False), bound_to=session.get("browser"))
+        except OAuthCallbackError as error:  # declined, twice, or another browser's
             return f"<p>{escape(error)}</p>{LOGIN_FORM}", 400
-        if result.state != session.get("browser"):
-            result.session.sign_out()
-            return f"<p>This log-in was begun in another browser.</p>{LOGIN_FORM}", 403
         session.clear()
         session["did"] = result.session.did
         return redirect(url_for("home"))
