@@ -36,7 +36,7 @@ _here = threading.local()
 
 
 class Fate(Enum):
-    """What was decided about a flight. Decided once, by whoever comes first."""
+    """What was decided about a flight. Decided once: the first to come decides."""
 
     COMMITTED = "it goes on to its end, whatever happens"
     ABANDONED = "it stops before anything is spent"

@@ -41,12 +41,12 @@ class GetOptions:
 
 
 class CachedGetter(Generic[V]):
-    """Values by key: from the store while they are good, else fetched by at most one caller at a time.
+    """Values by key: from the store while they are good, otherwise fetched by at most one caller at a time.
 
     :param getter: ``getter(key, options, stored_value)`` returns a new value. It runs in a thread of its own, and what
         it returns is stored even if the caller has given up.
     :param store: anything with ``get``, ``set`` and ``delete``.
-    :param locks: by default those of the store, or else locks between the threads of this process.
+    :param locks: by default those of the store, or locks between the threads of this process.
     :param is_stale: ``is_stale(key, value)`` says that a stored value has to be fetched again. Default: never.
     :param on_store_error: ``on_store_error(error, key, value)`` is told that a fetched value could not be stored; what
         it raises reaches the caller. Default: log it and return the value.

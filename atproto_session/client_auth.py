@@ -55,7 +55,7 @@ def resolve_stored(
     method: ClientAuthMethod | None, metadata: ClientMetadata, keyset: Keyset | None, server: Server
 ) -> ClientAuthMethod:
     """The method that a stored session goes on with: its own, or, where its record does not say (``None``), the
-    keyset's first key if there is a keyset, else none.
+    keyset's first key if there is a keyset, otherwise none.
 
     :raises AuthMethodUnsatisfiableError: that is not possible any more: the client has become public or confidential,
         the key is not in the keyset, or the server does not support the method.

@@ -1,7 +1,7 @@
 """Proof of possession (DPoP, RFC 9449) and the proof key for code exchange (PKCE, RFC 7636). No I/O.
 
 :func:`dpop_flow` is the whole of what a client does about DPoP: it yields proofs, is sent the answers to them, and
-keeps the nonces. Whoever drives it brings the HTTP.
+keeps the nonces. Its caller brings the HTTP.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class SessionError(Exception):
     """The root of the tree.
 
     :ivar retryable: nothing was lost; the same call may succeed later.
-    :ivar retry_after: seconds to wait before that, where the server said so, else ``None``.
+    :ivar retry_after: seconds to wait before that, where that is known, or ``None``.
     :ivar login_required: the account has to log in again: as a rule, since the session is gone.
     :ivar did: the account, where the error is about a session, or ``None``.
     :ivar session_id: which of the account's sessions, where it has several, or ``None``.
@@ -158,7 +158,7 @@ class OAuthCallbackError(SessionError):
     """A log-in did not end with a session.
 
     :ivar params: the callback's parameters without the authorization code.
-    :ivar state: the application's own ``state``, when the log-in it belongs to is known, else ``None``.
+    :ivar state: the application's own ``state``, when the log-in it belongs to is known, or ``None``.
     """
 
     def __init__(self, message: str, *, params: Mapping[str, str] | None = None, state: str | None = None) -> None:

@@ -95,7 +95,7 @@ class Keyset:
     Take an old one out only when no session uses it any more, and never give its ``kid`` to another key: that ends its
     sessions.
 
-    Every key has a ``kid``: its own, or else its thumbprint (RFC 7638).
+    Every key has a ``kid``: its own, or its thumbprint (RFC 7638).
 
     :param keys: private JWKs, at least one.
     :raises ClientMetadataError: (every constructor) a key is missing, malformed, not ES256, or a ``kid`` occurs twice.

@@ -123,7 +123,7 @@ class ClientMetadata:
     :ivar application_type: ``"web"`` or ``"native"``.
     :ivar client_uri: the client's home page: same origin as ``client_id``, and its path a parent of that one's.
     :ivar token_endpoint_auth_method: ``"none"`` or, for a confidential client, ``"private_key_jwt"``.
-    :ivar token_endpoint_auth_signing_alg: ``"ES256"`` for a confidential client (also if left out), else ``None``.
+    :ivar token_endpoint_auth_signing_alg: ``"ES256"`` for a confidential client (also if left out), or ``None``.
     :ivar jwks_uri: where the client's public keys are, if they are not in the document.
     :ivar jwks: the client's public keys, if they are to be other than those of its keyset.
     :raises ClientMetadataError: a rule is broken; ``field`` says where.

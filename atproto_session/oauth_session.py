@@ -1,4 +1,4 @@
-"""Using an account: a ``requests.Session`` whose requests carry a good token, whoever refreshes it."""
+"""Using an account: a ``requests.Session`` whose requests carry a good token, no matter who refreshes it."""
 
 from __future__ import annotations
 

@@ -32,10 +32,7 @@ _ROUNDS = 10  # how often a refresh begins anew because another worker came firs
 
 
 class Refresh:
-    """One refresh of the session under ``key``.
-
-    :ivar session: the session as it was found; ``record``, as it is in the store by now, with the attempt.
-    """
+    """One refresh of the session under ``key``: the ``session`` as it was found, the ``record`` as it is by now."""
 
     def __init__(self, key: str, wanted: Wanted, terms: Terms) -> None:
         self.key = key
@@ -192,7 +189,7 @@ class Refresh:
         return (yield from self._keep(successor))
 
     def _go_on(self) -> Protocol[None]:
-        """This takes long. Let the others know that the worker lives."""
+        """This takes long. Let the others know that this worker lives."""
         try:
             yield steps.Extend(self.times.window)
             if (attempt := self.record.attempt) is not None:
@@ -202,8 +199,7 @@ class Refresh:
             log.warning("others do not see that %s is still being refreshed: %s", self.key, type(error).__name__)
 
     def _keep(self, successor: Session) -> Protocol[Session]:
-        """Store ``successor`` in the place of what was spent for it, and of nothing else. Whatever else has changed in
-        the record, a successor of the tokens in it is newer."""
+        """Store ``successor`` in the place of what was spent for it, no matter what has changed beside that."""
         spent, failures, tried_for, pause = self.session.token_set, list[Exception](), 0.0, 0.05
         while True:
             try:

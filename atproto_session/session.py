@@ -105,7 +105,7 @@ class Rest:
 
 
 class ReadOnly(dict[str, Any]):
-    """A JSON object that cannot be changed, since it is shared with whoever else reads the session."""
+    """A JSON object that cannot be changed, since it is shared with others that read the session."""
 
     def _refuse(self, *args: object, **names: object) -> NoReturn:
         raise TypeError("the key of a session cannot be changed; dict(key) is a copy of it")

@@ -98,10 +98,10 @@ class SessionGetter:
         """The session stored under ``sub``, with tokens that are good.
 
         :param sub: the account's DID, or ``did#session_id``.
-        :param refresh: ``"auto"``: a fresh session at once; one about to expire is refreshed by whoever gets the lock
-            without waiting, while all others go on using it; for one that has expired everybody waits for the one
-            refresh. ``True``: a session refreshed after this call began, by anyone. ``False``: what is stored, even
-            expired; no lock is taken and no request made.
+        :param refresh: ``"auto"``: a fresh session at once; one about to expire is refreshed by the caller that gets
+            the lock without waiting, while all others go on using it; for one that has expired everybody waits for the
+            one refresh. ``True``: a session refreshed after this call began, by anyone. ``False``: what is stored,
+            even expired; no lock is taken and no request made.
         :param rejected: an access token that the account's server refused. A session with another one is the answer,
             and costs nothing; without one, as ``True``.
         :param timeout: how many seconds to wait, all told. A refresh that was begun goes on afterwards.

@@ -133,7 +133,7 @@ class Transport:
         before it asks the next.
     :param max_bytes: how large a body may be.
     :param ca_bundle: a file with the certificates to trust instead of the usual ones, for tests and private networks.
-        Default: what ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` names, else those that ``requests`` brings.
+        Default: what ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` names, or those that ``requests`` brings.
     :param network: as for :class:`HardenedAdapter`.
     :param trusted_hosts: names, addresses and networks (CIDR) that may be private; with ``allow_http`` over http, too.
     :raises ValueError: an entry of ``trusted_hosts`` is none of these.
@@ -302,7 +302,7 @@ class Transport:
 
 
 def _find_rest(bounds: Bounds, url: str, trouble: str) -> Response | None:
-    """The answer among what arrived, although ``trouble`` ended its reading; else ``None``."""
+    """The answer among what arrived, although ``trouble`` ended its reading; or ``None``."""
     if not bounds.received.lstrip().upper().startswith(b"HTTP/"):
         return None
     found = find_answer(bytes(bounds.received))

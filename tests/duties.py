@@ -60,7 +60,7 @@ DUTIES = {
     30: "A session keeps the client key that it began with.",
     31: "The callback's state and issuer are checked, whatever else it says.",
     32: "Token responses are checked; fewer scopes than asked for are recorded.",
-    33: "Tokens are trusted only when their account is verified; else they are revoked.",
+    33: "Tokens are trusted only when their account is verified; otherwise they are revoked.",
     34: "Before every refresh, the account still belongs to this issuer; its PDS may have moved.",
     35: "A refresh token is used once: locks keep others from it.",
     36: "No lifetime is assumed; the server's word counts.",

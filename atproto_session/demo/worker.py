@@ -105,7 +105,7 @@ def _use(client: OAuthClient, did: str, collector: Collector, stop: threading.Ev
 
 
 def _time_waits(client: OAuthClient, collector: Collector) -> None:
-    """Have it recorded how long the callers of ``client`` wait for refreshes, whoever makes them."""
+    """Have it recorded how long the callers of ``client`` wait for refreshes, no matter who makes them."""
     get_session: Callable[..., Session] = client.sessions.get_session
 
     def timed(*args: Any, **options: Any) -> Session:

@@ -17,12 +17,12 @@ from typing import Protocol
 
 
 class LockKind(Enum):
-    """What finding a lock free says about whoever held it before."""
+    """What finding a lock free says about the one that held it before."""
 
     HOLDER = "holder"
     """It was released, or its holder is dead. Only the operating system of the holder's own machine knows that."""
     LEASE = "lease"
-    """It was released, or whatever keeps it has given it up: its time ran out, or a connection ended. Whoever held it
+    """It was released, or its server has given it up: its time ran out, or a connection ended. The one that held it
     may be alive, and its request under way. Every lock that a server keeps is of this kind (Redis, a database): the
     connection of a worker that lives can end, and its lock ends with it."""
     PROCESS = "process"
@@ -34,7 +34,7 @@ class Hold(Protocol):
 
     @property
     def lock(self) -> str:
-        """Which lock it is: whoever holds it reads the same here, in whatever process. Another text means that the lock
+        """Which lock it is: each holder reads the same here, in every process. Another text means that the lock
         was replaced from outside, and that somebody may still hold the one before. Constant where that cannot be."""
         ...
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import StoreError, printable
 
-#: Whoever else may do this to a file or a directory has it in his hands.
+#: Others that may do this to a file or a directory have it in their hands.
 _BY_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 

@@ -32,8 +32,8 @@ class FileLocks:
     Threads queue at a :class:`ThreadLocks` first, so at most one thread of a process polls a file for a name. The
     number of files is bounded: names share ``stripes`` files by a hash, so a block must not take a second lock of the
     same set. The hash begins with a secret salt that lies beside the files, so that nobody can choose a name that
-    shares the file of another one. A file is made when it is first used, and never deleted: whoever still had the
-    deleted file open would hold a lock that nobody else sees.
+    shares the file of another one. A file is made when it is first used, and never deleted: a process that still had
+    the deleted file open would hold a lock that nobody else sees.
 
     A forked child holds none of its parent's locks, and keeps none of them alive: filelock closes the inherited
     descriptors in it, without unlocking what the parent goes on holding.
@@ -182,7 +182,7 @@ class _FileHold:
         self._identity = None
 
     def extend(self, seconds: float) -> bool:
-        # Whoever deletes or replaces the file from outside lets a second holder in through the new one. Under another
+        # To delete or replace the file from outside lets a second holder in through the new one. Under another
         # salt, the name has another file.
         try:
             return self._identity == _identity_of(self.path.stat()) and self._salts.is_still(self._salt)

@@ -58,7 +58,7 @@ class JSONStore:
         allow_plaintext: bool = False,
     ) -> None:
         self._codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
-        # Whoever opens the directory through a link finds the same locks in it. Links in it are not followed.
+        # A process that opens the directory through a link finds the same locks in it. Links in it are not followed.
         self._directory = Path(os.path.realpath(path_of("the directory of a JSON store", directory)))
         self._files = _Files(self._directory)
         self.locks = FileLocks(self._directory / "locks")

@@ -75,7 +75,7 @@ class MemoryStore(Generic[V]):
     It has no lock, which the handler of a signal or a ``__del__`` could find taken by its own thread. The values lie in
     dictionaries that are never changed. A write copies one of them, changes the copy, and hangs it onto the one that it
     was made from, which only one write can do. Another write that was made from the same one begins again, with the
-    comparison of ``replace`` too. Whoever comes in the middle of a write finds everything as it was before, or as it is
+    comparison of ``replace`` too. A call in the middle of a write finds everything as it was before, or as it is
     after it.
 
     :param max_entries: keep this many values; the one that was not used for longest goes first. Not for sessions that

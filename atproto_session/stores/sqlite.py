@@ -48,7 +48,7 @@ _HINTS = {
 #: The pauses of what waits for a locked database, in seconds; the last one again and again. They are made here and not
 #: in SQLite, so that nothing is under way meanwhile: a fork need not wait, and gevent can do something else.
 _PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05)
-#: How long a deletion waits for those who read, to empty the log, in seconds. Whoever deletes next empties it, too.
+#: How long a deletion waits for those who read, to empty the log, in seconds. The next deletion empties it, too.
 _LOG_WITHIN = 0.5
 _SIDES = ("", "-wal", "-shm", "-journal")
 
@@ -82,7 +82,7 @@ class SQLiteStore:
             raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
         path = path_of("the path of an SQLite store", path)
         self._codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
-        # Whoever opens the file through a link has to find the same locks, and the same log, beside it.
+        # A process that opens the file through a link has to find the same locks, and the same log, beside it.
         self._database = _Database(Path(os.path.realpath(path)), busy_timeout)
         self.locks = self._database.locks
         self.logins = SQLiteLogins(self._database, self._codec)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:  # pytest loads this module in every run: what it brings is imported by whoever uses it
+if TYPE_CHECKING:  # pytest loads this module in every run: what it brings is imported where it is used
     from ..client import OAuthClient
     from ..oauth_session import OAuthSession
     from .network import LocalNetwork

@@ -45,7 +45,7 @@ class LocksContract:
             for _ in range(10):
                 with locks.hold(DID, timeout=SOON):
                     inside.append(name)
-                    pause.wait(0.001)  # so that whoever can get in does
+                    pause.wait(0.001)  # so that all who can get in do
                     most = max(most, len(inside))
                     inside.remove(name)
 

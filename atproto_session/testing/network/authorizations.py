@@ -132,7 +132,7 @@ class Authorizations:
             return self._codes.pop(code, None)
 
     def check_exchange(self, authorization: Authorization, form: Mapping[str, str]) -> None:
-        """Check that whoever exchanges the code began the log-in (RFC 7636 section 4.6).
+        """Check that the client that exchanges the code began the log-in (RFC 7636 section 4.6).
 
         :raises OAuthError: ``invalid_grant``.
         """

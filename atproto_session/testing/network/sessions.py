@@ -1,6 +1,6 @@
 """What the authorization server has issued: sessions, their tokens, and the rules of rotation.
 
-A refresh token works once. Whoever shows one that was used before ends the session, and so does any other mistake that
+A refresh token works once. To show one that was used before ends the session, and so does any other mistake that
 is found after the token was looked up. One lock makes every step atomic: of two simultaneous uses, one is the first.
 """
 
