@@ -23,9 +23,9 @@ $(VENV)/.made: setup.cfg pyproject.toml
 demo: $(VENV)/.made  ## many processes and threads share one account for half a minute
 	$(BIN)/python -m atproto_session demo
 
-# More than there are cores, since many tests wait.
-WORKERS ?= 4
-test: $(VENV)/.made  ## run the tests, WORKERS=4 at a time (with a real PDS where npm is there)
+# More than two cores are, since many tests wait.
+WORKERS ?= 3
+test: $(VENV)/.made  ## run the tests, side by side in WORKERS=3 processes (with a real PDS where npm is there)
 	-@$(BIN)/python -m tests.pds.install >/dev/null  # now, and not in every worker
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n $(WORKERS)

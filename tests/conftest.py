@@ -28,6 +28,7 @@ class OnePDS(LoadScopeScheduling):  # type: ignore[misc]
         return "pds" if nodeid.startswith("tests/pds/") and "[local" not in nodeid else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)  # so that ``-p no:xdist`` is possible
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OnePDS:
     """For ``pytest -n NUMBER``, which runs tests in so many processes side by side."""
     return OnePDS(config, log)
