@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from . import errors
 from ._terms import Times
-from .errors import SessionError
+from .errors import (
+    DiscoveryError,
+    IdentityError,
+    OAuthResponseError,
+    RefreshInterruptedError,
+    SessionError,
+    TransportError,
+)
 from .session import Rest
 
 #: Error codes that an OAuth server gives (RFC 6749 section 5.2, RFC 9449, and those that AT Protocol servers add).
@@ -31,11 +38,17 @@ OAUTH_ERRORS = frozenset(
 )
 
 
+#: What says something about a server. Any other error is this process' own, and nothing for others to know.
+_OF_SERVERS = (DiscoveryError, IdentityError, OAuthResponseError, RefreshInterruptedError, TransportError)
+
+
 def rest_after(error: SessionError, earlier: Rest | None, now: float, times: Times) -> Rest | None:
     """The rest after ``error``: longer after each further failure, and as long as the server asks (``Retry-After``).
 
     :param now: seconds since the epoch.
     """
+    if not isinstance(error, _OF_SERVERS):
+        return earlier
     failures = 0 if earlier is None else earlier.failures
     is_asked = getattr(error, "status", 0) == 429  # any other server may be down only for a moment
     asked = min(error.retry_after or 0.0, times.longest_rest_asked if is_asked else times.longest_rest)

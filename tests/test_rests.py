@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from atproto_session import IdentityError, OAuthResponseError, SessionError, StoreError, TransportError
+from atproto_session import CancelledError, IdentityError, OAuthResponseError, SessionError, StoreError, TransportError
 from atproto_session._rests import check_rest, rest_after
 from atproto_session._terms import Times
 from atproto_session.session import Rest
@@ -30,6 +30,12 @@ def test_it_grows_with_each_failure_and_has_an_end() -> None:
 )
 def test_what_the_server_asks_for(status: int, asked: float | None, given: float) -> None:
     assert seconds(OAuthResponseError("no", status=status, retry_after=asked)) == given
+
+
+def test_what_is_wrong_with_this_process_is_nothing_for_others() -> None:
+    earlier = Rest(50.0, 1, "TransportError", "?")
+    for error in (SessionError("the program is ending", retryable=True), StoreError("no room"), CancelledError("no")):
+        assert rest_after(error, earlier, 100.0, TIMES) is earlier
 
 
 def test_none_where_none_is_wanted() -> None:

@@ -22,6 +22,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atproto_session import _threads
 from atproto_session._adapter import Bounds, HardenedAdapter, Network, look_up_aside
 from atproto_session.errors import TransportError
 from atproto_session.transport import Response, Transport, UnusableResponse
@@ -756,6 +757,7 @@ def test_a_lookup_that_cannot_have_a_thread_is_not_sent(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_threads._crew, "_idle", [])
     with pytest.raises(TransportError, match="no thread") as caught:
         Transport().request("GET", "https://pds.example.com/")
     assert not caught.value.sent

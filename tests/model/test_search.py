@@ -34,7 +34,6 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
         pytest.param(replace(HOLDER, owners=LOG_IN), 46_301, id="a log-in"),
         pytest.param(replace(HOLDER, owners=END_IT), 46_301, id="a session whose tokens are refused"),
         pytest.param(replace(LEASE, owners=NOBODY), 1_000, id="leases"),
-        pytest.param(replace(LEASE, owners=LOG_OUT, losses=1, stalls=0), 1_000, id="leases, a log-out"),
         pytest.param(replace(BROKEN, owners=NOBODY), 1_000, id="a broken lock"),
         pytest.param(replace(BROKEN, owners=NOBODY, is_one_machine=True), 1_000, id="a broken lock, one machine"),
         pytest.param(replace(NO_LOCKS, owners=NOBODY, pauses=True), 72_550, id="no locks, workers that stand still"),
