@@ -25,6 +25,8 @@ U = TypeVar("U")
 #: How long a flight that is known may take to begin, in seconds. One that has not begun by then never will: its starter
 #: was struck.
 _START_WITHIN = 10.0
+#: How often one that waits for a flight to land looks whether it has begun at all, in seconds.
+_LOOK_AT_LANDING = 1.0
 #: How often a caller looks whether there is room for another flight, in seconds.
 _LOOK_FOR_ROOM = 0.02
 
@@ -286,7 +288,7 @@ class Flights(Generic[T]):
         """
         flights = [each for each in copy_of(self._all) if not (each.is_here or each.abandoned.is_set())]
         for flight in flights:
-            while not (flight.over.wait(min(deadline - time.monotonic(), 1.0)) or flight.never_began):
+            while not (flight.over.wait(min(deadline - time.monotonic(), _LOOK_AT_LANDING)) or flight.never_began):
                 if time.monotonic() >= deadline:
                     return True
             self._all.discard(flight)

@@ -192,9 +192,9 @@ class Refresh:
         """This takes long. Let the others know that this worker lives."""
         try:
             yield steps.Extend(self.times.window)
-            if (attempt := self.record.attempt) is not None:
-                attempt = replace(attempt, answer_by=(yield steps.Now()) + self.times.window)
-                yield from self._write(replace(self.record, attempt=attempt))
+            now = yield steps.Now()
+            attempt = self.record.attempt and replace(self.record.attempt, answer_by=now + self.times.window)
+            yield from self._write(replace(self.record, attempt=attempt))
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is waited for
             log.warning("others do not see that %s is still being refreshed: %s", self.key, type(error).__name__)
 

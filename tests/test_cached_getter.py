@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,9 @@ from atproto_session import (
     LockTimeoutError,
     MemoryStore,
     SessionError,
+    StoreError,
 )
+from atproto_session._flights import Flight
 from atproto_session.locks import ThreadLocks
 
 from .core import SOON, Gate, Worker, flight_of, wait_until
@@ -251,3 +256,56 @@ def test_a_getter_may_ask_for_another_key(store: MemoryStore[str]) -> None:
     )
     assert getter.get("a") == "a, b"
     assert store.get("b") == "b"
+
+
+class OwnLocks(ThreadLocks):
+    """Locks of a user's own, with faults.
+
+    :ivar fails: at which end.
+    """
+
+    fails = ""
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+        if self.fails == "taken":
+            raise ConnectionError
+        yield self
+        if self.fails == "released":
+            raise ConnectionError
+
+
+def test_locks_of_ones_own_may_fail(source: Source, store: MemoryStore[str], caplog: pytest.LogCaptureFixture) -> None:
+    locks = OwnLocks()
+    getter = CachedGetter(source, store, locks=locks)
+    locks.fails = "taken"
+    with pytest.raises(StoreError, match="the lock of a cannot be used: ConnectionError"):
+        getter.get("a")
+    locks.fails = "released"
+    assert getter.get("a") == "a-1", "what was done under it counts"
+    assert "was not released: ConnectionError" in caplog.text
+
+
+class Found(Flight[str]):
+    """One that finds a value in the store, for another caller."""
+
+    def __init__(self, getter: CachedGetter[str], store: MemoryStore[str], stores: str) -> None:
+        super().__init__("a", lambda flight: "found")
+        self._has_begun = True
+        self._getter, self._store, self._stores = getter, store, stores
+        getter._flights._joinable["a"] = self
+
+    def wait(self, deadline: float, cancel: threading.Event | None = None) -> str:
+        self._getter._flights._joinable.pop("a")
+        if self._stores:
+            self._store.set("a", self._stores)
+        return "found"
+
+
+def test_what_was_found_by_another_is_looked_for_again(source: Source, store: MemoryStore[str]) -> None:
+    getter = CachedGetter(source, store)
+    Found(getter, store, "stored")
+    assert getter.get("a") == "stored"
+    store.delete("a")
+    Found(getter, store, "")
+    assert getter.get("a") == "a-1"

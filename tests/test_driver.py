@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from atproto_session._driver import World, _Driver, drive
 from atproto_session._flights import Flight
 from atproto_session.locks import ThreadLocks
 
-from .core import DID, FakeAuthority, make_session
+from .core import DID, FakeAuthority, Gate, make_session, wait_until
 
 
 def world(**members: Any) -> World:
@@ -63,3 +66,27 @@ def test_no_thread_for_the_request_is_a_request_that_was_not_sent(monkeypatch: p
     with pytest.raises(TransportError) as caught:
         driver.do(steps.Send(lambda session: session, make_session()))
     assert not caught.value.sent
+
+
+def test_an_answer_that_is_not_there_yet_can_be_awaited() -> None:
+    gate, successor = Gate(), make_session(2)
+    driver = _Driver(Flight(DID, lambda flight: None), world(answer_every=0.001))
+    assert driver.do(steps.Send(lambda session: gate() or successor, make_session())) is None
+    assert driver.do(steps.Await()) is None
+    gate.open()
+    wait_until(lambda: driver.do(steps.Await()) is successor)
+
+
+def test_locks_that_say_what_is_wrong_are_believed() -> None:
+    class Holds(ThreadLocks):
+        @contextmanager
+        def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[Any]:
+            yield self
+
+        def extend(self, seconds: float) -> bool:
+            raise StoreError("the lock server is away")
+
+    driver = _Driver(Flight(DID, lambda flight: None), world(locks=Holds()))
+    driver.do(steps.Lock())
+    with pytest.raises(StoreError, match="is away"):
+        driver.do(steps.Extend(1.0))

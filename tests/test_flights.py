@@ -311,3 +311,22 @@ def test_one_that_never_began_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
     flights: Flights[str] = Flights()
     flights._all.add(Flight("a", lambda flight: "never"))
     assert flights.land(float("inf"))
+
+
+def test_one_that_lands_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atproto_session._flights._LOOK_AT_LANDING", 0.001)
+    flights, gate = Flights[str](), Gate()
+    flight, _ = flights.board("a", lambda flight: gate() or "a", deadline=0.0)
+    waits, wait = threading.Event(), flight.over.wait
+
+    def noted(timeout: float) -> bool:
+        if wait(timeout):
+            return True
+        waits.set()
+        return False
+
+    monkeypatch.setattr(flight.over, "wait", noted)
+    landing = Worker(lambda: flights.land(float("inf")))
+    assert waits.wait(SOON)
+    gate.open()
+    assert landing.outcome() is True

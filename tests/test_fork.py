@@ -548,6 +548,7 @@ def test_a_register_that_grows_while_it_is_read_is_read_again() -> None:
 
 def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "register_at_fork")
+    monkeypatch.delattr(threading, "_register_atexit")
     assert "reset_in_child" in runpy.run_path(_fork.__file__)
 
 

@@ -33,9 +33,11 @@ from atproto_session import (
     TransportError,
     _flights,
 )
+from atproto_session._flights import Flight
 from atproto_session._threads import begin
 from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt, Rest
+from atproto_session.stores import complete
 
 from .core import (
     DID,
@@ -1534,3 +1536,64 @@ def test_a_log_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) 
     rig = Rig(expired_session())
     rig.getter.on_updated(lambda event: fail(None))  # type: ignore[arg-type]
     assert rig.get().token_set.access_token == "access-2"
+
+
+class Joined(Flight[Session]):
+    """One that another caller began, and that this one finds under way: once."""
+
+    def __init__(self, rig: Rig, end: Callable[[], Session]) -> None:
+        super().__init__(DID, lambda flight: end())
+        self._flights = rig.getter._flights
+        self._has_begun = True
+        self._end = end
+        self._flights._joinable[DID] = self
+
+    def wait(self, deadline: float, cancel: threading.Event | None = None) -> Session:
+        self._flights._joinable.pop(DID)
+        return self._end()
+
+
+def test_one_that_waited_for_nobody_has_failed_for_itself_alone() -> None:
+    rig = Rig(expired_session())
+
+    def held() -> Session:
+        raise LockTimeoutError("another worker refreshes it")
+
+    Joined(rig, held)
+    assert rig.get().token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
+
+
+def test_what_another_brought_is_looked_at() -> None:
+    session = expired_session()
+    rig = Rig(session)
+
+    def found() -> Session:
+        rig.store.set(DID, make_session(7))
+        return session
+
+    Joined(rig, found)
+    assert rig.get().token_set.access_token == "access-7"
+    assert rig.authority.sends == 0
+
+
+def test_a_log_out_for_which_no_thread_can_be_started_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(work: Callable[[], None], name: str) -> None:
+        raise RuntimeError("can't start new thread")
+
+    session = make_session()
+    rig = Rig(session)
+    monkeypatch.setattr(_flights, "begin", refuse)
+    with pytest.raises(SessionError, match="no thread"):
+        rig.getter.delete_stored(DID, revoke=True)
+    assert (rig.stored, rig.authority.revoked) == (session, [])
+
+
+def test_a_store_with_compare_and_set_of_its_own_is_written_as_it_is() -> None:
+    store = complete(OwnFullStore(expired_session()))
+    store.set(DID, make_session(2))
+    stored = store.get(DID)
+    assert stored is not None
+    assert stored.token_set.access_token == "access-2"
+    store.delete(DID)
+    assert store.get(DID) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -164,3 +165,11 @@ def test_a_child_has_a_launcher_of_its_own() -> None:
         start_thread(threading.Thread(target=ran.set))
         os._exit(0 if ran.wait(SOON) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_from_python_3_12_on_a_thread_starts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 12))
+    monkeypatch.setattr(_threads._launcher, "start", None)
+    ran = threading.Event()
+    start_thread(threading.Thread(target=ran.set))
+    assert ran.wait(SOON)
