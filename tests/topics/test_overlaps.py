@@ -246,6 +246,19 @@ def test_a_lost_lock_stops_a_refresh_beside_another_in_flight(
     scene.check_spent_once()
 
 
+@broken
+def test_a_worker_that_has_lost_its_lock_takes_it_anew_before_it_sends(scene: Scene, tmp_path: Path, how: str) -> None:
+    first = scene.logged_in()
+    stopped, refresh = scene.stopped_refresh("before the last look")
+    break_lock(tmp_path, how)
+    anew = scene.steps.signal("lock")
+    stopped.release.set()
+    scene.check_works(present(refresh.outcome()))
+    assert anew.is_set()
+    assert scene.uses_of(first) == 1
+    scene.check_spent_once()
+
+
 @overlaps("the lock is broken from outside")
 @broken
 def test_of_two_attempts_at_once_one_is_made(scene: Scene, tmp_path: Path, how: str) -> None:
