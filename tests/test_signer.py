@@ -12,11 +12,11 @@ import requests
 from atproto_session import OAuthClient, OAuthSession, SessionNotFoundError, TokenInvalidError, _signer
 from atproto_session._signer import Refusals
 from atproto_session.dpop import NonceCache
-from atproto_session.testing.network import LocalNetwork
+from atproto_session.testing.network import Account, LocalNetwork, Response
 
 from .canned import OK, Canned, CannedAnswer
 from .core import DID, Worker, make_session
-from .scenes import ECHO, GET_SESSION
+from .scenes import ECHO, GET_SESSION, log_in, store_tokens
 
 REPLAYED: CannedAnswer = (401, {}, {"WWW-Authenticate": 'DPoP error="invalid_dpop_proof"', "DPoP-Nonce": "n"})
 
@@ -195,6 +195,18 @@ def test_a_session_that_is_renewed_before_it_is_ended_stays(
     assert client.sessions.get_stored(session.did) is not None
 
 
+def test_a_server_whose_tokens_have_expired_already_is_not_asked_for_ever(
+    network: LocalNetwork, client: OAuthClient, account: Account
+) -> None:
+    with LocalNetwork(access_token_lifetime=0.0) as hasty:
+        account = hasty.create_account()
+        with OAuthClient(client.metadata, store="memory:", **hasty.client_options()) as other:
+            session = log_in(hasty, other, account)
+            assert session.get(GET_SESSION).status_code == 401
+            assert hasty.rotations <= 4
+            assert other.sessions.get_stored(session.did) is not None
+
+
 def test_refusals_that_are_remembered() -> None:
     refusals, refused, newer = Refusals(), make_session(1), make_session(2, refreshed_at=100.0)
     refusals.add(DID, refused, 99.0)
@@ -258,6 +270,20 @@ def test_other_errors_are_not_about_the_token(
     session.mount("", Canned((status, {"error": error}, headers)))
     assert session.get(GET_SESSION).status_code == status
     assert network.rotations == 0
+
+
+def test_a_long_refusal_that_is_the_callers_to_read(network: LocalNetwork, session: OAuthSession) -> None:
+    """It is not read, only let go of."""
+    headers = {"WWW-Authenticate": 'DPoP error="invalid_token"', "Content-Type": "application/json"}
+    refusal = Response(401, b"{" + b" " * 100_000, headers, chunked=True)
+    network.fault("resource", "custom", respond=lambda request: refusal)
+    assert session.get(ECHO, stream=True).status_code == 200
+    assert network.rotations == 1
+
+
+def test_the_audience_may_end_with_a_slash(client: OAuthClient, network: LocalNetwork, session: OAuthSession) -> None:
+    store_tokens(client, session.did, aud=f"{network.pds_url}/")
+    assert client.restore(session.did).get(network.pds_url + GET_SESSION).status_code == 200
 
 
 # Proofs that are refused
@@ -333,8 +359,20 @@ def test_no_nonce_is_fetched_for_what_is_not_sent(
     assert network.resource_requests == 0
 
 
+class Broken(io.BytesIO):
+    """Says that it can go back."""
+
+    def seek(self, *args: int) -> int:
+        raise OSError("a pipe") if self.tell() else io.UnsupportedOperation
+
+    def __len__(self) -> int:
+        return 4
+
+
 @pytest.mark.parametrize("why", ["nonce", "token", "proof"])
-@pytest.mark.parametrize("body", [lambda: iter([b"once"]), lambda: Pipe(b"once"), lambda: TellOnly(b"once")])
+@pytest.mark.parametrize(
+    "body", [lambda: iter([b"once"]), lambda: Pipe(b"once"), lambda: TellOnly(b"once"), lambda: Broken(b"once")]
+)
 def test_an_answer_says_why_its_request_was_not_repeated(
     body: Callable[[], Any], why: str, network: LocalNetwork, session: OAuthSession, caplog: pytest.LogCaptureFixture
 ) -> None:
