@@ -245,7 +245,7 @@ def test_a_refresh_is_waited_for_within_the_bound(network: LocalNetwork, session
 def test_urls_that_are_none(network: LocalNetwork, session: OAuthSession) -> None:
     assert session.get(GET_SESSION.encode()).json()["did"] == session.did
     request = requests.Request("GET")
-    request.url = GET_SESSION.encode()  # type: ignore[assignment]
+    request.url = GET_SESSION.encode()
     assert session.send(session.prepare_request(request)).json()["did"] == session.did
     for url in (None, ["/xrpc/a"], 1):
         with pytest.raises(TypeError, match="url of a request"):
