@@ -24,6 +24,7 @@ class Canned(BaseAdapter):
         self.sent: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.options: list[dict[str, Any]] = []
+        self.responses: list[requests.Response] = []
         self.closed = False
         self.before_answer: Callable[[], object] = lambda: None
 
@@ -39,7 +40,8 @@ class Canned(BaseAdapter):
         response.status_code, response.url, response.request = status, request.url or "", request
         response.headers.update({"Content-Type": "application/json", **headers})
         response.raw = io.BytesIO(json.dumps(document).encode())
-        response.headers["Content-Length"] = str(len(json.dumps(document)))
+        response.headers.setdefault("Content-Length", str(len(json.dumps(document))))
+        self.responses.append(response)
         return response
 
     def close(self) -> None:

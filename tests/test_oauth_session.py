@@ -200,11 +200,23 @@ def test_a_total_bound(network: LocalNetwork, session: OAuthSession) -> None:
         assert session.get(ECHO, timeout=timeout).status_code == 200  # type: ignore[arg-type]
 
 
-def test_a_total_bound_is_one_for_all_tries_and_redirects(network: LocalNetwork, session: OAuthSession) -> None:
+def test_a_total_bound_is_one_for_all_tries_and_redirects(
+    network: LocalNetwork, session: OAuthSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [time.monotonic()]
     session._signer.monotonic = lambda: now[0]
     session.total_timeout = 60.0
+    bounds: list[object] = []
+    send = session._adapter.send
+
+    def watched(request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        bounds.append(options["timeout"])
+        return send(request, **options)
+
+    monkeypatch.setattr(session._adapter, "send", watched)
     assert session.get("/xrpc/app.test.redirect", params={"to": ECHO}).status_code == 200
+    assert len(bounds) == 2
+    assert bounds[0] is bounds[1]
     canned = Canned((302, {}, {"Location": ECHO, "DPoP-Nonce": "n"}), OK)
     canned.before_answer = lambda: now.__setitem__(0, now[0] + 59.0)
     session.mount("", canned)
