@@ -43,12 +43,13 @@ Flow = Generator[requests.PreparedRequest, requests.Response, None]
 
 @dataclass
 class _Refusal:
-    """A token was refused, and nothing has been accepted since."""
+    """A token was refused."""
 
     token: str
     session: Session
     at: float
     lasting_since: float | None = None  # when a token that was issued afterwards was first refused, too
+    over_at: float | None = None  # when a token was accepted
 
 
 class Refusals:
@@ -58,25 +59,34 @@ class Refusals:
     def __init__(self) -> None:
         self._refusals: dict[str, _Refusal] = {}
 
-    def before(self, key: str, session: Session, now: float) -> _Refusal | None:
-        """The refusal after which the token of ``session`` was issued, if there is one."""
+    def before(self, key: str, session: Session, now: float, sent: float) -> _Refusal | None:
+        """The refusal after which the token of ``session`` was issued, if there is one and no token has been accepted
+        between it and ``sent``."""
         refusal = self._refusals.get(key)
         if refusal is None or not 0.0 <= now - refusal.at <= _REMEMBERED or not refusal.session.is_same_grant(session):
+            return None
+        if refusal.over_at is not None and refusal.over_at <= sent:
             return None
         is_newer = session.token_set.access_token != refusal.token and (session.refreshed_at or 0.0) >= refusal.at
         return refusal if is_newer else None
 
-    def add(self, key: str, session: Session, now: float) -> None:
-        """The token of ``session`` was refused."""
-        for other, refusal in list(self._refusals.items()):
+    def add(self, key: str, session: Session, now: float, sent: float) -> None:
+        """The token of ``session``, which left at ``sent``, was refused."""
+        for other, refusal in self._refusals.copy().items():
             if not 0.0 <= now - refusal.at <= _REMEMBERED:
                 self._refusals.pop(other, None)
         known = self._refusals.get(key)
-        if known is None or known.token != session.token_set.access_token:
+        is_over = known is not None and known.over_at is not None and known.over_at <= sent
+        if known is None or is_over or known.token != session.token_set.access_token:
             self._refusals[key] = _Refusal(session.token_set.access_token, session, now)
 
+    def end(self, key: str, now: float) -> None:
+        """A token was accepted. Requests that left before may bring refusals yet."""
+        if (refusal := self._refusals.get(key)) is not None and refusal.over_at is None:
+            refusal.over_at = now
+
     def forget(self, key: str) -> None:
-        """A token was accepted, or the session is over."""
+        """The session is over."""
         self._refusals.pop(key, None)
 
 
@@ -162,15 +172,16 @@ class Signer:
             tokens = session.token_set
             _aim(request, audience, tokens)
             audience = tokens.aud
+            sent = self._clock()
             response = yield from self._prove(request, session)
             if response.ok:
-                self._refusals.forget(self.key)
+                self._refusals.end(self.key, self._clock())
             if (refused := _refused_by(response)) is None or not self._can_repeat(request, response):
                 return
             now = self._clock()
-            earlier = self._refusals.before(self.key, session, now)
+            earlier = self._refusals.before(self.key, session, now, sent)
             if earlier is None or self.getter.freshness.is_expired(tokens):
-                self._refusals.add(self.key, session, now)
+                self._refusals.add(self.key, session, now, sent)
                 rejected, tried = tokens.access_token, tried + 1
                 if tried == _TOKENS_TRIED:
                     return

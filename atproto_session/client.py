@@ -78,6 +78,7 @@ class OAuthClient:
         none. Nothing that spends or asks for tokens is.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
+    :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
     :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
     """
 
@@ -107,6 +108,8 @@ class OAuthClient:
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
             raise StoreError("encryption_keys go with a store that is given as a URL; give them to the store itself")
+        if retries is not None and not isinstance(retries, Retry | int):
+            raise TypeError(f"retries is a urllib3.util.Retry or a number of tries, not {type(retries).__name__}")
         self.metadata = metadata
         self._keyset = keyset
         self._owns_store = isinstance(store, str)

@@ -272,6 +272,12 @@ def test_urls_that_are_none(network: LocalNetwork, session: OAuthSession) -> Non
             session.get(wrong)
 
 
+def test_retries_that_are_none(client: OAuthClient) -> None:
+    with pytest.raises(TypeError, match="number of tries, not str"):
+        OAuthClient(client.metadata, store="memory:", retries="3")  # type: ignore[arg-type]
+    OAuthClient(client.metadata, store="memory:", retries=3).close()
+
+
 def test_neither_sessions_nor_authentication_can_be_copied_away(client: OAuthClient, session: OAuthSession) -> None:
     for thing in (session, client.auth(session.did)):
         for copied in (pickle.dumps, copy.copy, copy.deepcopy):

@@ -210,16 +210,25 @@ def test_a_server_whose_tokens_have_expired_already_is_not_asked_for_ever(
 
 def test_refusals_that_are_remembered() -> None:
     refusals, refused, newer = Refusals(), make_session(1), make_session(2, refreshed_at=100.0)
-    refusals.add(DID, refused, 99.0)
-    assert refusals.before(DID, refused, 100.0) is None, "the very token"
-    earlier = refusals.before(DID, newer, 101.0)
+    refusals.add(DID, refused, 99.0, 98.0)
+    assert refusals.before(DID, refused, 100.0, 100.0) is None, "the very token"
+    earlier = refusals.before(DID, newer, 101.0, 101.0)
     assert earlier is not None
-    refusals.add(DID, refused, 102.0)
-    assert refusals.before(DID, newer, 103.0) is earlier, "another request's refusal of the same token"
-    assert refusals.before(DID, make_session(2, refreshed_at=98.0), 101.0) is None, "issued before"
-    assert refusals.before("did:web:other", newer, 101.0) is None
-    assert refusals.before(DID, newer, 99.0 + 61.0) is None, "long ago"
-    refusals.add("did:web:other", newer, 300.0)
+    refusals.add(DID, refused, 102.0, 98.0)
+    assert refusals.before(DID, newer, 103.0, 103.0) is earlier, "another request's refusal of the same token"
+    assert refusals.before(DID, make_session(2, refreshed_at=98.0), 101.0, 101.0) is None, "issued before"
+    assert refusals.before("did:web:other", newer, 101.0, 101.0) is None
+    assert refusals.before(DID, newer, 99.0 + 61.0, 160.0) is None, "long ago"
+    refusals.end(DID, 104.0)
+    refusals.end(DID, 105.0)
+    refusals.end("did:web:other", 104.0)
+    assert refusals.before(DID, newer, 106.0, 103.0) is earlier, "it had left before a token was accepted"
+    assert refusals.before(DID, newer, 106.0, 104.0) is None, "another refusal"
+    refusals.add(DID, refused, 106.0, 103.0)
+    assert refusals.before(DID, newer, 106.0, 103.0) is earlier, "so had this one"
+    refusals.add(DID, refused, 107.0, 106.0)
+    assert refusals.before(DID, make_session(3, refreshed_at=108.0), 109.0, 108.0) is not None
+    refusals.add("did:web:other", newer, 300.0, 299.0)
     assert list(refusals._refusals) == ["did:web:other"]
     refusals.forget("did:web:other")
     refusals.forget("did:web:other")
