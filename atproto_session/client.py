@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 from requests.auth import AuthBase
+from urllib3.util import Retry
 
 from ._adapter import HardenedAdapter
 from ._flights import Flight, Flights
 from ._login import LoginFlow
 from ._records import log
+from ._signer import Refusals, Signer
 from ._terms import Times
 from ._warm import warm_up
 from .discovery import Discovery
@@ -22,7 +24,7 @@ from .identity import IdentityResolver, check_did
 from .keys import Keyset
 from .locks import Locks
 from .metadata import ClientMetadata
-from .oauth_session import AccountAuth, OAuthSession, Signer
+from .oauth_session import AccountAuth, OAuthSession
 from .server import AccountAuthority
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent
 from .session_getter import SessionGetter
@@ -72,8 +74,11 @@ class OAuthClient:
         server. Some servers give none.
     :param trusted_hosts: names, addresses and networks (such as ``"172.16.0.0/12"``) that may be private, for
         development and self-hosting; with ``allow_http`` over http, too.
+    :param retries: which requests of an :class:`.OAuthSession` are sent again after a failure, and when; by default
+        none. Nothing that spends or asks for tokens is.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
+    :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
     :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
     """
 
@@ -97,11 +102,14 @@ class OAuthClient:
         times: Times | None = None,
         strict: bool = False,
         trusted_hosts: Iterable[str] = (),
+        retries: Retry | int | None = None,
     ) -> None:
         warm_up()
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
             raise StoreError("encryption_keys go with a store that is given as a URL; give them to the store itself")
+        if retries is not None and not isinstance(retries, Retry | int):
+            raise TypeError(f"retries is a urllib3.util.Retry or a number of tries, not {type(retries).__name__}")
         self.metadata = metadata
         self._keyset = keyset
         self._owns_store = isinstance(store, str)
@@ -119,6 +127,8 @@ class OAuthClient:
         self._timeout = timeout
         self._allow_http = allow_http
         self._nonces = NonceCache(strict=strict)
+        self._refusals = Refusals()
+        self._retries = retries
         self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts)
         self._pool = HardenedAdapter(
             allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS, trusted_hosts=self._transport.trusted_hosts
@@ -269,7 +279,7 @@ class OAuthClient:
         :raises IdentityError: ``did`` is not a DID.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
-        return AccountAuth(self._signer(_key_of(did, session_id)))
+        return AccountAuth(self._signer(_key_of(did, session_id)), self._pool)
 
     def revoke(self, did: str, *, session_id: str | None = None) -> None:
         """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
@@ -306,10 +316,10 @@ class OAuthClient:
         return {"keys": []} if self._keyset is None else self._keyset.jwks()
 
     def _signer(self, key: str, session: Session | None = None) -> Signer:
-        return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session)
+        return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session, refusals=self._refusals)
 
     def _open(self, key: str, session: Session) -> OAuthSession:
-        return OAuthSession(self._signer(key, session), self._pool, session)
+        return OAuthSession(self._signer(key, session), self._pool, session, retries=self._retries)
 
 
 def _key_of(did: str, session_id: str | None) -> str:

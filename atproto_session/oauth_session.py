@@ -2,176 +2,165 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Generator, Mapping
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.auth import AuthBase
-from requests.utils import rewind_body
-from urllib3.util import Retry
+from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.util import Retry, Timeout
 
-from ._records import check_key
+from ._adapter import Bounds, HardenedAdapter
+from ._signer import Flow, Signer, let_go, rewind
 from ._urls import origin
-from .dpop import Answer, NonceCache, challenge_errors, dpop_flow, error_in, next_proof
-from .errors import SessionError, TokenInvalidError, TransportError, printable
-from .session import Session, TokenInfo, TokenSet, subject_of
-from .session_getter import SessionGetter
-
-_log = logging.getLogger("atproto_session")
+from .errors import TransportError, printable
+from .session import Session, TokenInfo, subject_of
 
 #: Connecting and every wait for more of an answer, in seconds, where the caller did not say.
 _DEFAULT_TIMEOUT = (10.0, 60.0)
-#: The token that was stored, one that another worker has brought, one that is refreshed for this request.
-_TOKENS_TRIED = 3
-#: How long to wait before a token that was just issued is tried again, each time, in seconds. A server that was just
-#: started, or a copy that lags behind, may not know it yet. One that refuses it after all this refuses the session.
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-#: For how long a session that was just read is not read again, in seconds. Should its token be replaced meanwhile, the
-#: server says so.
-_KNOWN_FOR = 0.5
-#: Answers to a first try are read to the end up to this size, so that their connection can be used again.
-_DRAINED = 65536
-
-
-class Signer:
-    """Signs the requests of one account and judges the answers. No I/O but the getter's.
-
-    :param session: what the getter has just returned: not read again for a request that follows at once.
-    :param sleep: lets time pass, in the thread of the caller.
-    """
-
-    def __init__(
-        self,
-        getter: SessionGetter,
-        key: str,
-        nonces: NonceCache,
-        *,
-        timeout: float | None = None,
-        session: Session | None = None,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        self.getter = getter
-        self.key = key
-        self._nonces = nonces
-        self._timeout = timeout
-        self._clock = getter.freshness.clock
-        self._sleep = sleep
-        self._known = session
-        self._known_until = time.monotonic() + _KNOWN_FOR
-
-    def flow(
-        self, request: requests.PreparedRequest, audience: str | None = None
-    ) -> Generator[requests.PreparedRequest, requests.Response, None]:
-        """Yield ``request``, signed, be sent the response, and yield it again while another try is due: with a nonce
-        that the server asked for (RFC 9449 section 9), or with a newer token in the place of one that it refused.
-
-        :param audience: the PDS as it was when the URL was made; such a URL follows the account when it moves.
-        :raises TokenInvalidError: a token that had just been issued was refused for seconds; the session is ended.
-        :raises SessionError: the request would go to somebody else than the account's PDS, or there is no good token.
-        """
-        try:
-            yield from self._flow(request, audience)
-        except SessionError as error:
-            error.about(self.key)
-            raise
-
-    def _flow(
-        self, request: requests.PreparedRequest, audience: str | None
-    ) -> Generator[requests.PreparedRequest, requests.Response, None]:
-        began, rejected, tried, pauses = self._clock(), None, 0, iter(_PAUSES)
-        while tried < _TOKENS_TRIED:
-            session = self._take_known() or self.getter.get_session(self.key, rejected=rejected, timeout=self._timeout)
-            tokens = session.token_set
-            _aim(request, audience, tokens)
-            audience = tokens.aud
-            check_key(self.key, session)
-            proofs = dpop_flow(
-                session.dpop_key,
-                request.method or "GET",
-                request.url or "",
-                self._nonces,
-                access_token=tokens.access_token,
-                clock=self._clock,
-            )
-            proof: str | None = next(proofs)
-            while proof is not None:
-                request.headers["Authorization"] = f"DPoP {tokens.access_token}"
-                request.headers["DPoP"] = proof
-                response = yield request
-                answer = _answer_of(response)
-                if response.ok:
-                    self._nonces.check(answer, request.url or "")
-                proof = next_proof(proofs, answer)
-                if proof is not None and not _rewind(request):
-                    return
-            if not _is_refused(response):
-                return
-            if not _rewind(request):
-                _log.warning("a request of %s was refused, and its body cannot be sent again", self.key)
-                return
-            just_issued = (session.refreshed_at or 0.0) >= began and not self.getter.freshness.is_expired(tokens)
-            if rejected is None or not just_issued:
-                rejected, tried = tokens.access_token, tried + 1
-            elif (pause := next(pauses, None)) is not None:
-                self._sleep(pause)  # the next try takes what is stored by then
-            else:
-                self._give_up(session)
-                return
-
-    def forget(self) -> None:
-        """Read the session again for the next request, however recently that was done."""
-        self._known = None
-
-    def _take_known(self) -> Session | None:
-        known, self._known = self._known, None
-        if known is None or time.monotonic() >= self._known_until or self.getter.freshness.is_stale(known.token_set):
-            return None
-        return known
-
-    def _give_up(self, session: Session) -> None:
-        """End a session whose server refuses what was just issued; unless another worker has renewed it meanwhile."""
-        cause = TokenInvalidError(f"the server of {self.key} refuses tokens that were just issued; log in again")
-        self.getter.delete_rejected(self.key, session, cause)
-        if self.getter.get_stored(self.key) is None:
-            raise cause
+#: A ``RateLimit-Reset`` from here on is a time, in seconds since 1970; below, it is seconds from now.
+_A_DATE = 1_000_000_000
 
 
 class DPoPAdapter(BaseAdapter):
-    """Sends the requests of one account over the connections of its client. The proof is made here, below redirects
-    and proxies, so that no two requests share one."""
+    """Sends the requests of one account over another adapter. The proof is made here, below redirects and proxies, so
+    that no two requests share one.
 
-    def __init__(self, signer: Signer, pool: BaseAdapter, audience: str) -> None:
+    :param below: the connections.
+    :param retries: which requests are sent again, and when; beside those that the signer sends again.
+    """
+
+    def __init__(self, signer: Signer, below: BaseAdapter, audience: str, *, retries: Retry | None = None) -> None:
         super().__init__()
         self.audience = audience
         self._signer = signer
-        self._pool = pool
+        self._below = below
+        self._retries = retries
 
     def send(  # noqa: PLR0917 - as in requests
         self,
         request: requests.PreparedRequest,
         stream: bool = False,
-        timeout: float | tuple[float, float] | tuple[float, None] | None = None,
+        timeout: float | tuple[float | None, float | None] | Timeout | None = None,
         verify: bool | str = True,
         cert: bytes | str | tuple[bytes | str, bytes | str] | None = None,
         proxies: Mapping[str, str] | None = None,
     ) -> requests.Response:
-        flow = self._signer.flow(request, self.audience)
-        signed = next(flow)
-        while True:
-            response = self._pool.send(signed, stream, timeout or _DEFAULT_TIMEOUT, verify, cert, proxies)
+        """As in requests.
+
+        :param timeout: may be :class:`.Bounds`, too: then all tries have to be over by their deadline.
+        """
+        deadline = timeout.deadline if isinstance(timeout, Bounds) else None
+        tries = _Tries(self._retries, self._signer, deadline)
+
+        def send(signed: requests.PreparedRequest) -> requests.Response:
+            left = self._within(timeout, deadline, signed)
+            response = self._below.send(signed, stream, left, verify, cert, proxies)
             _read_refusal(response, stream)
-            again = _resume(flow, response)
-            if again is None:
-                return response
-            _let_go(response)
-            signed = again
+            return response
+
+        flow = self._signer.flow(request, self.audience, deadline=deadline)
+        signed: requests.PreparedRequest | None = next(flow)
+        while signed is not None:
+            response = tries.send(signed, send)
+            signed = _resume(flow, response)
+            if signed is not None:
+                let_go(response)
+        return response
+
+    def _within(self, timeout: Any, deadline: float | None, request: requests.PreparedRequest) -> Any:
+        """``timeout`` for a try that begins now."""
+        timeout = timeout or _DEFAULT_TIMEOUT
+        if deadline is None:
+            return timeout
+        left = deadline - self._signer.monotonic()
+        if left <= 0:
+            raise requests.exceptions.Timeout("the total_timeout of the request is over", request=request)
+        if isinstance(self._below, HardenedAdapter):
+            return Bounds(within=left, connect=timeout.connect_timeout, read=timeout.read_timeout)
+        # Another adapter can be told how long each wait may be, and no more.
+        return tuple(min(left, wait or left) for wait in (timeout.connect_timeout, timeout.read_timeout))
 
     def close(self) -> None:
         """Nothing: the connections are the client's."""
+
+
+class _Tries:
+    """Sends a request as often as ``Retry`` allows. Not left to urllib3, which knows of no deadline."""
+
+    def __init__(self, retries: Retry | None, signer: Signer, deadline: float | None) -> None:
+        self._retries = retries
+        self._signer = signer
+        self._deadline = deadline
+
+    def send(
+        self, request: requests.PreparedRequest, send: Callable[[requests.PreparedRequest], requests.Response]
+    ) -> requests.Response:
+        while True:
+            try:
+                response = send(request)
+            except requests.RequestException as error:
+                # What requests raises holds what urllib3 raised, and that may hold what happened first.
+                cause = error.args[0] if error.args else None
+                cause = cause.reason if isinstance(cause, MaxRetryError) else cause
+                if not isinstance(cause, HTTPError):
+                    raise
+                pause = self._pause_before_next(request, error=cause)
+                if pause is None:
+                    raise
+            else:
+                pause = self._pause_after(request, response)
+                if pause is None:
+                    return response
+                let_go(response)
+            self._signer.sleep(pause)
+
+    def _pause_after(self, request: requests.PreparedRequest, response: requests.Response) -> float | None:
+        if self._retries is None:
+            return None
+        after = retry_after(response.headers, self._signer.getter.freshness.clock())
+        if not self._retries.is_retry(request.method or "", response.status_code, after is not None):
+            return None
+        return self._pause_before_next(request, after, response=response.raw)
+
+    def _pause_before_next(
+        self, request: requests.PreparedRequest, after: str | None = None, **outcome: Any
+    ) -> float | None:
+        """Count a try that ended with ``outcome``. How long to wait before the next; ``None`` if it was the last."""
+        if self._retries is None:
+            return None
+        try:
+            retries = self._retries.increment(request.method, request.url, **outcome)
+        except MaxRetryError as error:
+            if "response" in outcome and self._retries.raise_on_status:
+                raise requests.exceptions.RetryError(error, request=request) from error
+            return None
+        except HTTPError:
+            return None
+        pause = retries.get_backoff_time()
+        if after is not None and retries.respect_retry_after_header:
+            with suppress(HTTPError, ValueError):  # neither a number nor a date
+                pause = retries.parse_retry_after(after)
+        if not rewind(request) or not self._signer.has_time(pause, self._deadline):
+            return None
+        self._retries = retries
+        return pause
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> str | None:
+    """What the server says in ``Retry-After`` (RFC 9110 section 10.2.3), or else in ``RateLimit-Reset``: when the limit
+    that a request has met ends, in seconds from now or, in the AT Protocol's own servers, since 1970."""
+    if (said := headers.get("Retry-After")) is not None:
+        return said
+    reset = (headers.get("RateLimit-Reset") or "").strip()
+    if not (reset.isascii() and reset.isdecimal() and len(reset) <= 10):
+        return None
+    seconds = int(reset)
+    return str(max(0, math.ceil(seconds - now)) if seconds >= _A_DATE else seconds)
 
 
 class OAuthSession(requests.Session):
@@ -181,29 +170,65 @@ class OAuthSession(requests.Session):
     raises, a request raises what :meth:`.SessionGetter.get_session` does. Made by :class:`.OAuthClient`; cheap, so make
     one for each thread.
 
+    Adapters of your own (``mount``) send what was signed here. A body that can be read only once (a generator, a pipe)
+    is not sent a second time: where that was needed, the log and the ``reason`` of the response say so.
+
     :ivar did: the account's DID.
+    :ivar total_timeout: how many seconds a request may take in all: waiting for a refresh, redirects, all tries, and
+        the answer to its last byte. By default ``None``, any number. An adapter of your own keeps to it in each of its
+        waits.
     """
 
-    def __init__(self, signer: Signer, pool: HTTPAdapter, session: Session) -> None:
+    def __init__(
+        self, signer: Signer, pool: HTTPAdapter, session: Session, *, retries: Retry | int | None = None
+    ) -> None:
         self._signer = signer
-        self._adapter = DPoPAdapter(signer, pool, session.token_set.aud)
+        self._adapter = DPoPAdapter(
+            signer, pool, session.token_set.aud, retries=None if retries is None else Retry.from_int(retries)
+        )
+        self.total_timeout: float | None = None
         super().__init__()
         self.adapters.clear()
         self.auth = _unchanged  # or requests would read ~/.netrc for every request
         super().mount("", self._adapter)
         self.did = subject_of(signer.key)
 
-    def mount(self, prefix: str | bytes, adapter: BaseAdapter) -> None:
-        """As in requests. What ``adapter`` sends is signed before, and goes to the account's PDS alone. If it repeats
-        requests of its own accord (``max_retries``), it is asked not to: the second time, a proof would be refused."""
-        if isinstance(adapter, HTTPAdapter):
-            adapter.max_retries = Retry(0, read=False)
-        super().mount(prefix, DPoPAdapter(self._signer, adapter, self._adapter.audience))
+    def get_adapter(self, url: str | bytes) -> BaseAdapter:
+        """As in requests. What an adapter of your own sends is signed before, and goes to the account's PDS alone."""
+        adapter = super().get_adapter(url)  # type: ignore[arg-type]
+        if isinstance(adapter, DPoPAdapter):
+            return adapter
+        return DPoPAdapter(self._signer, adapter, self._adapter.audience)
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
-        """As in requests, with a relative URL taken from the account's PDS."""
-        request.url = urljoin(self._adapter.audience, request.url or "")
+        """As in requests, with a relative URL taken from the account's PDS.
+
+        :raises TypeError: the URL is no text.
+        """
+        url: object = request.url
+        if isinstance(url, bytes):
+            url = url.decode("utf-8", "replace")
+        if not isinstance(url, str):
+            raise TypeError(
+                f"the url of a request is a str, such as '/xrpc/app.bsky.feed.getTimeline', not {type(url).__name__}"
+            )
+        request.url = urljoin(self._adapter.audience, url)
         return super().prepare_request(request)
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """As in requests."""
+        timeout = options.get("timeout")
+        # The requests of a redirect come here with the bounds of the first one.
+        if self.total_timeout is not None and not isinstance(timeout, Bounds):
+            if not isinstance(timeout, Timeout):
+                timeout = timeout or _DEFAULT_TIMEOUT
+                connect, read = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+                timeout = Timeout(connect=connect, read=read)
+            timeout = timeout.clone()
+            timeout.start_connect()  # or one with a total does not tell
+            waits: Any = {"connect": timeout.connect_timeout, "read": timeout.read_timeout}
+            options["timeout"] = Bounds(within=self.total_timeout, **waits)
+        return super().send(request, **options)
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """As in requests, which does not expect any text in a ``Location``.
@@ -241,7 +266,7 @@ class OAuthSession(requests.Session):
         return f"<OAuthSession {self._signer.key}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise TypeError("an OAuthSession cannot be pickled; send the DID, and call client.restore(did) over there")
+        raise TypeError("an OAuthSession cannot be pickled or copied; call client.restore(did), over there or here")
 
 
 class AccountAuth(AuthBase):
@@ -250,16 +275,26 @@ class AccountAuth(AuthBase):
     requests.get(url, auth=client.auth(did))
     """
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: Signer, pool: HTTPAdapter) -> None:
         self._signer = signer
+        self._pool = pool
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if not isinstance(request, requests.PreparedRequest):
             raise TypeError(f"client.auth() is for requests, not for {type(request).__module__.partition('.')[0]}")
         flow = self._signer.flow(request)
-        next(flow)
+        signed: requests.PreparedRequest | None = next(flow)
+        while signed is not None and signed is not request:  # a nonce is fetched first, over the client's connections
+            settings: Any = requests.Session().merge_environment_settings(signed.url, {}, None, None, None)
+            response = self._pool.send(signed, timeout=_DEFAULT_TIMEOUT, **settings)
+            _read_refusal(response, stream=False)
+            signed = _resume(flow, response)
+            let_go(response)
         request.hooks["response"].append(_SignedRequest(self._signer, request, flow))
         return request
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("client.auth(did) cannot be pickled or copied; call it again, over there or here")
 
     def __repr__(self) -> str:
         return f"<AccountAuth {self._signer.key}>"
@@ -272,7 +307,7 @@ class _SignedRequest:
         self,
         signer: Signer,
         request: requests.PreparedRequest,
-        flow: Generator[requests.PreparedRequest, requests.Response, None],
+        flow: Flow,
     ) -> None:
         self._signer = signer
         self._url = request.url
@@ -285,13 +320,13 @@ class _SignedRequest:
             signed = _resume(self._flow, response)
         # requests makes the request of a redirect from the first one: with its proof, which is another URL's, and, if
         # it leads elsewhere, without its token.
-        elif response.status_code == 401 and "Authorization" in request.headers and _rewind(request):
+        elif response.status_code == 401 and "Authorization" in request.headers and rewind(request):
             self._url, self._flow = request.url, self._signer.flow(request)
             signed = next(self._flow)
         else:
             return response
         while signed is not None:
-            _let_go(response)
+            let_go(response)
             again: requests.Response = response.connection.send(signed, **options)
             again.history.append(response)
             response = again
@@ -300,9 +335,7 @@ class _SignedRequest:
         return response
 
 
-def _resume(
-    flow: Generator[requests.PreparedRequest, requests.Response, None], response: requests.Response
-) -> requests.PreparedRequest | None:
+def _resume(flow: Flow, response: requests.Response) -> requests.PreparedRequest | None:
     try:
         return flow.send(response)
     except StopIteration:
@@ -312,69 +345,11 @@ def _resume(
         raise
 
 
-def _aim(request: requests.PreparedRequest, audience: str | None, tokens: TokenSet) -> None:
-    """Let the request go to the account's PDS and nowhere else."""
-    url = request.url or ""
-    if url.startswith(f"{tokens.aud}/"):
-        return
-    try:
-        at, pds = origin(url), origin(tokens.aud)
-    except ValueError as error:  # of a redirect, for instance
-        raise TransportError(f"a request was not sent, because its address {error}", retryable=False) from None
-    if at == pds:
-        return
-    if audience is None or at != origin(audience):
-        raise TransportError(
-            f"the tokens of {tokens.sub} are for {pds} alone; a request to {printable(at)} was not sent",
-            retryable=False,
-        )
-    to = urlsplit(pds)
-    request.url = urlsplit(url)._replace(scheme=to.scheme, netloc=to.netloc).geturl()
-
-
-def _answer_of(response: requests.Response) -> Answer:
-    return Answer.of(response.status_code, response.headers, lambda: response.content if _is_small(response) else b"")
-
-
-def _is_refused(response: requests.Response) -> bool:
-    """Whether it was the token that the server did not like (RFC 6750 section 3.1). Some say so by the error of an XRPC
-    method alone. A 403 never is about that."""
-    if response.status_code == 400 and _is_small(response) and "json" in response.headers.get("Content-Type", ""):
-        return error_in(response.content) == "ExpiredToken"
-    return response.status_code == 401 and "invalid_token" in challenge_errors(response.headers)
-
-
-def _rewind(request: requests.PreparedRequest) -> bool:
-    """Whether the body can be sent again; a file is wound back for it."""
-    if request.body is None or isinstance(request.body, bytes | str):
-        return True
-    if not isinstance(request._body_position, int):
-        return False
-    try:
-        rewind_body(request)
-    except requests.exceptions.UnrewindableBodyError:
-        return False
-    return True
-
-
 def _read_refusal(response: requests.Response, stream: bool) -> None:
     """Read a body that may ask for a nonce, of whatever length, unless it is the caller's to read: requests would do so
     in a moment."""
     if not stream and response.status_code in (400, 401):
         response.content  # noqa: B018
-
-
-def _is_small(response: requests.Response) -> bool:
-    if getattr(response, "_content_consumed", False):  # not in the stubs
-        return True
-    length = response.headers.get("Content-Length", "")
-    return length.isdecimal() and int(length[:9]) <= _DRAINED
-
-
-def _let_go(response: requests.Response) -> None:
-    if _is_small(response):
-        response.content  # noqa: B018 - read to its end, the connection goes back to the pool
-    response.close()
 
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -336,7 +336,7 @@ def test_a_session_is_not_read_again_for_a_request_that_follows_at_once(
     restored.get(ECHO)
     assert len(reads) == 2
     restored = client.restore(session.did)
-    monkeypatch.setattr("atproto_session.oauth_session.time.monotonic", lambda: float("inf"))
+    monkeypatch.setattr("atproto_session._signer.time.monotonic", lambda: float("inf"))
     restored.get(ECHO)
     assert len(reads) == 4, "one for each after a while"
 

@@ -1,133 +1,304 @@
-"""Requests of an account: tokens that are refused, adapters of a program's own. The rest is in ``test_client.py`` and
-``topics/test_duty_flow.py``."""
+"""Requests of an account: adapters of a program's own, tries, bounds, odd arguments. How they are signed is in
+``test_signer.py``, the rest in ``test_client.py`` and ``topics/test_duty_flow.py``."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.util import Retry
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry, Timeout
 
-from atproto_session import OAuthClient, OAuthSession, TokenInvalidError, TransportError, oauth_session
-from atproto_session.testing.network import LocalNetwork
+from atproto_session import ClientMetadata, OAuthClient, OAuthSession, TransportError
+from atproto_session.oauth_session import retry_after
+from atproto_session.testing.network import Account, LocalNetwork
 
-from .scenes import GET_SESSION
+from .canned import OK, Canned
+from .core import Worker
+from .scenes import ECHO, GET_SESSION, log_in
+
+EAGER = Retry(3, status_forcelist=[503], allowed_methods=None)
 
 
 @pytest.fixture
-def pauses(session: OAuthSession) -> list[float]:
-    """How long requests have waited. No time passes."""
-    waited: list[float] = []
-    session._signer._sleep = waited.append
-    return waited
+def retrying(network: LocalNetwork, account: Account) -> Iterator[OAuthSession]:
+    """A session whose client sends requests again. No time passes."""
+    metadata = ClientMetadata.loopback(scope="atproto transition:generic")
+    with OAuthClient(metadata, store="memory:", retries=EAGER, **network.client_options()) as client:
+        session = log_in(network, client, account)
+        session._signer._sleep = lambda seconds: None
+        yield session
 
 
-class Canned(BaseAdapter):
-    """Answers what it was told to, and keeps what it was sent."""
-
-    def __init__(self, *answers: tuple[int, dict[str, Any], dict[str, str]]) -> None:
-        super().__init__()
-        self._answers: Iterator[tuple[int, dict[str, Any], dict[str, str]]] = iter(answers)
-        self.sent: list[dict[str, str]] = []
-
-    def send(self, request: requests.PreparedRequest, *options: Any, **more: Any) -> requests.Response:
-        status, document, headers = next(self._answers)
-        self.sent.append(dict(request.headers))
-        response = requests.Response()
-        response.status_code, response.url, response.request = status, request.url or "", request
-        response.headers.update({"Content-Type": "application/json", **headers})
-        response.raw = io.BytesIO(json.dumps(document).encode())
-        response.headers["Content-Length"] = str(len(json.dumps(document)))
-        return response
-
-    def close(self) -> None:
-        pass
+@pytest.fixture
+def own() -> Iterator[requests.Session]:
+    """A session of requests' own that sends requests again."""
+    with requests.Session() as own:
+        own.mount("http://", HTTPAdapter(max_retries=EAGER))
+        yield own
 
 
-OK: tuple[int, dict[str, Any], dict[str, str]] = (200, {}, {"DPoP-Nonce": "n"})
+# Adapters of one's own
 
 
-def test_a_server_that_refuses_new_tokens_for_a_moment_ends_no_session(
-    network: LocalNetwork, session: OAuthSession, pauses: list[float]
-) -> None:
-    """It was just started, or lags behind."""
-    network.reject_access_tokens(session.did)
-    waited = session._signer._sleep
-
-    def recover(seconds: float) -> None:
-        waited(seconds)
-        if len(pauses) == 3:
-            network.accept_access_tokens(session.did)
-
-    session._signer._sleep = recover
-    assert session.get(GET_SESSION).json()["did"] == session.did
-    assert pauses == [0.5, 1.0, 2.0]
-    assert (network.rotations, network.replays, network.revocations) == (1, 0, 0)
-
-
-def test_a_server_that_refuses_new_tokens_for_good_ends_it_here_and_there(
-    network: LocalNetwork, client: OAuthClient, session: OAuthSession, pauses: list[float]
-) -> None:
-    network.reject_access_tokens(session.did)
-    with pytest.raises(TokenInvalidError) as caught:
-        session.get(GET_SESSION)
-    assert caught.value.did == session.did
-    assert tuple(pauses) == oauth_session._PAUSES
-    assert client.sessions.get_stored(session.did) is None
-    assert (network.rotations, network.revocations) == (1, 1)
-
-
-def test_an_expired_token_that_an_xrpc_error_tells_of(network: LocalNetwork, session: OAuthSession) -> None:
-    canned = Canned((400, {"error": "ExpiredToken"}, {}), OK)
-    session.mount("", canned)
-    assert session.get(GET_SESSION).status_code == 200
-    first, second = canned.sent
-    assert first["Authorization"] != second["Authorization"]
-    assert network.rotations == 1
-
-
-@pytest.mark.parametrize(("status", "error"), [(400, "InvalidRequest"), (403, "ExpiredToken"), (401, "Other")])
-def test_other_errors_are_not_about_the_token(
-    status: int, error: str, network: LocalNetwork, session: OAuthSession
-) -> None:
-    session.mount("", Canned((status, {"error": error}, {})))
-    assert session.get(GET_SESSION).status_code == status
-    assert network.rotations == 0
-
-
-def test_a_mounted_adapter_sends_what_was_signed_and_to_nobody_else(session: OAuthSession) -> None:
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_a_mounted_adapter_sends_what_was_signed_and_to_nobody_else(is_mounted: bool, session: OAuthSession) -> None:
     canned = Canned(OK)
-    session.mount("http://", canned)
-    session.mount("https://", canned)
+    if is_mounted:
+        session.mount("http", canned)
+    else:
+        session.adapters[""] = canned
     assert session.get(GET_SESSION).status_code == 200
     assert canned.sent[0]["Authorization"].startswith("DPoP ")
     assert canned.sent[0]["DPoP"]
     with pytest.raises(TransportError, match="are for"):
         session.get("https://elsewhere.example.com/")
     assert len(canned.sent) == 1
+    session.close()
+    assert canned.closed
+    assert session.adapters["http" if is_mounted else ""] is canned
 
 
-def test_a_mounted_adapter_does_not_repeat_a_proof(network: LocalNetwork, session: OAuthSession) -> None:
-    adapter = HTTPAdapter(max_retries=Retry(3, status_forcelist=[503]))
-    session.mount("http://", adapter)
-    assert session.get(GET_SESSION).status_code == 200
-    assert adapter.max_retries.total == 0
-
-
-def test_a_body_that_cannot_be_sent_again(
-    network: LocalNetwork, session: OAuthSession, caplog: pytest.LogCaptureFixture
+def test_closing_a_session_leaves_its_clients_connections(
+    network: LocalNetwork, client: OAuthClient, session: OAuthSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(client._pool, "close", lambda: closed.append(1))
+    with session:
+        session.get(GET_SESSION)
+    assert closed == []
+
+
+# Tries
+
+
+@pytest.mark.parametrize("way", ["mounted", "auth", "client"])
+def test_each_try_has_a_proof_of_its_own(
+    way: str, network: LocalNetwork, client: OAuthClient, retrying: OAuthSession, own: requests.Session
+) -> None:
+    """The answers are lost after the server has seen the proofs, which it takes once."""
+    session = log_in(network, client, network.create_account("bob.test"))
+    session.mount("http://", own.adapters["http://"])
+    url, auth = network.pds_url + ECHO, client.auth(session.did)
+    post: Callable[[], requests.Response] = {
+        "mounted": lambda: session.post(ECHO, b"hello"),
+        "auth": lambda: own.post(url, b"hello", auth=auth),
+        "client": lambda: retrying.post(ECHO, b"hello"),
+    }[way]
+    assert post().status_code == 200
+    fault = network.fault("resource", "status", processed=True, times=2)
+    response = post()
+    assert (response.status_code, response.history) == (200, [])
+    assert response.json()["length"] == 5
+    assert fault.count == 2
+    network.fault("resource", "cut_after")
+    assert post().status_code == 200
+    assert network.rotations == 0
+
+
+def test_tries_end(network: LocalNetwork, retrying: OAuthSession) -> None:
+    fault = network.fault("resource", "status", times=None)
+    with pytest.raises(requests.exceptions.RetryError):
+        retrying.get(ECHO)
+    assert fault.count == 4
+    retrying._adapter._retries = EAGER.new(raise_on_status=False)
+    assert retrying.get(ECHO).status_code == 503
+    retrying._adapter._retries = EAGER.new(allowed_methods=["GET"])
+    assert retrying.post(ECHO).status_code == 503
+    assert fault.count == 9
+    fault.disarm()
+    fault = network.fault("resource", "cut_before", times=None)
+    with pytest.raises(requests.ConnectionError):
+        retrying.post(ECHO)
+    assert fault.count == 1
+    with pytest.raises(requests.ConnectionError):
+        retrying.get(ECHO)
+    assert fault.count == 5
+
+
+def test_a_body_that_is_gone_is_not_tried_again(network: LocalNetwork, retrying: OAuthSession) -> None:
+    fault = network.fault("resource", "status", times=None)
+    assert retrying.post(ECHO, data=iter([b"once"])).status_code == 503
+    assert fault.count == 1
+
+
+def test_tries_without_an_error_of_urllib3(session: OAuthSession) -> None:
+    class Broken(Canned):
+        def send(self, *args: Any, **options: Any) -> requests.Response:
+            raise requests.ConnectionError
+
+    session.mount("http://", Broken())
+    with pytest.raises(requests.ConnectionError):
+        session.get(ECHO)
+
+
+@pytest.mark.parametrize(
+    ("headers", "waited"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"RateLimit-Reset": "7"}, 7),
+        ({"RateLimit-Reset": "5", "Retry-After": "7"}, 7),
+        ({"RateLimit-Reset": "soon"}, None),
+        ({"Retry-After": "soon"}, 0),
+        ({}, None),
+    ],
+)
+def test_the_time_that_a_server_names_is_waited_for(
+    headers: dict[str, str], waited: float | None, network: LocalNetwork, retrying: OAuthSession
+) -> None:
+    pauses: list[float] = []
+    retrying._signer._sleep = pauses.append
+    network.fault("resource", "status", status=429, headers=headers)
+    assert retrying.get(ECHO).status_code == (429 if waited is None else 200)
+    assert pauses == ([] if waited is None else [waited])
+
+
+def test_the_time_that_a_server_names_counts_only_if_it_is_to(network: LocalNetwork, retrying: OAuthSession) -> None:
+    pauses: list[float] = []
+    retrying._signer._sleep = pauses.append
+    retrying._adapter._retries = EAGER.new(status_forcelist=[429], respect_retry_after_header=False)
+    network.fault("resource", "status", status=429, headers={"Retry-After": "7"})
+    assert retrying.get(ECHO).status_code == 200
+    assert pauses == [0]
+
+
+def test_when_a_limit_ends() -> None:
+    now = 1_800_000_000.5
+    assert retry_after({"RateLimit-Reset": "1800000007"}, now) == "7"
+    assert retry_after({"RateLimit-Reset": "1799999999"}, now) == "0"
+    assert retry_after({"RateLimit-Reset": "60"}, now) == "60"
+    assert retry_after({"RateLimit-Reset": "-1"}, now) is None
+    assert retry_after({"RateLimit-Reset": "9" * 5000}, now) is None
+
+
+def test_token_requests_are_not_tried_again(network: LocalNetwork, retrying: OAuthSession) -> None:
+    fault = network.fault("refresh", "status", times=None)
+    with pytest.raises(Exception, match="503"):
+        retrying.token_info(refresh=True)
+    assert fault.count == 1
+
+
+# Time
+
+
+def test_a_total_bound(network: LocalNetwork, session: OAuthSession) -> None:
+    session.get(ECHO)
+    session.total_timeout = 0.5
+    fault = network.fault("resource", "drip", interval=0.05)
+    with pytest.raises((requests.exceptions.Timeout, requests.ConnectionError)):
+        session.get(ECHO)
+    fault.disarm()
+    session.total_timeout = 60.0
+    assert session.get(ECHO).status_code == 200
+    for timeout in (5, (5, 6), Timeout(5)):
+        assert session.get(ECHO, timeout=timeout).status_code == 200  # type: ignore[arg-type]
+
+
+def test_a_total_bound_is_one_for_all_tries_and_redirects(
+    network: LocalNetwork, session: OAuthSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.monotonic()]
+    session._signer.monotonic = lambda: now[0]
+    session.total_timeout = 60.0
+    bounds: list[object] = []
+    send = session._adapter.send
+
+    def watched(request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        bounds.append(options["timeout"])
+        return send(request, **options)
+
+    monkeypatch.setattr(session._adapter, "send", watched)
+    assert session.get("/xrpc/app.test.redirect", params={"to": ECHO}).status_code == 200
+    assert len(bounds) == 2
+    assert bounds[0] is bounds[1]
+    canned = Canned((302, {}, {"Location": ECHO, "DPoP-Nonce": "n"}), OK)
+    canned.before_answer = lambda: now.__setitem__(0, now[0] + 59.0)
+    session.mount("", canned)
+    assert session.get("/xrpc/app.test.redirect", timeout=(3, None)).status_code == 200
+    waits = [options["timeout"] for options in canned.options]
+    assert waits[0][0] == 3
+    assert 55 < waits[0][1] < 65
+    assert max(waits[1]) < 5
+    session.mount("", canned := Canned((302, {}, {"Location": ECHO, "DPoP-Nonce": "n"})))
+    canned.before_answer = lambda: now.__setitem__(0, now[0] + 99.0)
+    with pytest.raises(requests.exceptions.Timeout, match="total_timeout"):
+        session.get("/xrpc/app.test.redirect")
+
+
+def test_no_try_begins_that_its_bound_does_not_allow(network: LocalNetwork, retrying: OAuthSession) -> None:
+    retrying.total_timeout = 30.0
+    network.fault("resource", "status", status=429, headers={"Retry-After": "3600"})
+    assert retrying.get(ECHO).status_code == 429
+
+
+def test_a_refresh_is_waited_for_within_the_bound(network: LocalNetwork, session: OAuthSession) -> None:
+    session.get(ECHO)
     network.expire_access_tokens(session.did)
-    session.get(GET_SESSION, timeout=10)
+    fault = network.fault("refresh", "late")
+    session.total_timeout = 0.3
+    with pytest.raises(TimeoutError) as caught:
+        session.get(ECHO)
+    assert getattr(caught.value, "did", None) == session.did
+    fault.release.set()
+    session.total_timeout = None
+    assert session.get(ECHO).status_code == 200
+    assert network.replays == 0
+
+
+# Odd arguments
+
+
+def test_urls_that_are_none(network: LocalNetwork, session: OAuthSession) -> None:
+    assert session.get(GET_SESSION.encode()).json()["did"] == session.did
+    request = requests.Request("GET")
+    request.url = GET_SESSION.encode()
+    assert session.send(session.prepare_request(request)).json()["did"] == session.did
+    for url in (None, ["/xrpc/a"], 1):
+        with pytest.raises(TypeError, match="url of a request"):
+            session.get(url)  # type: ignore[arg-type]
+    for wrong in (
+        "at://did:plc:abc/app.bsky.feed.post/1",
+        "ftp://example.com/",
+        "//elsewhere.example.com/",
+        "mailto:a",
+    ):
+        with pytest.raises(TransportError):
+            session.get(wrong)
+
+
+def test_retries_that_are_none(client: OAuthClient) -> None:
+    with pytest.raises(TypeError, match="number of tries, not str"):
+        OAuthClient(client.metadata, store="memory:", retries="3")  # type: ignore[arg-type]
+    OAuthClient(client.metadata, store="memory:", retries=3).close()
+
+
+def test_neither_sessions_nor_authentication_can_be_copied_away(client: OAuthClient, session: OAuthSession) -> None:
+    for thing in (session, client.auth(session.did)):
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot be pickled or copied"):
+                copied(thing)
+
+
+def test_a_response_can_be_pickled(session: OAuthSession) -> None:
+    assert pickle.loads(pickle.dumps(session.get(GET_SESSION))).json()["did"] == session.did
+
+
+def test_threads_may_share_a_session(network: LocalNetwork, session: OAuthSession) -> None:
+    start = threading.Barrier(8)
+
+    def work() -> int:
+        start.wait()
+        return sum(session.get(GET_SESSION).status_code == 200 for _ in range(5))
+
     network.expire_access_tokens(session.did)
-    response = session.post("/xrpc/app.test.echo", data=iter([b"once"]))
-    assert response.status_code == 401
-    assert "cannot be sent again" in caplog.text
+    assert [worker.outcome() for worker in [Worker(work) for _ in range(8)]] == [5] * 8
+    assert network.rotations == 1
 
 
 def test_auth_for_another_library(client: OAuthClient, session: OAuthSession) -> None:

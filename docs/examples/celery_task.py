@@ -30,7 +30,9 @@ def post(self: Task, did: str, text: str) -> None:
     record = {"$type": "app.bsky.feed.post", "text": text, "createdAt": datetime.now(UTC).isoformat()}
     call: dict[str, Any] = {"repo": did, "collection": "app.bsky.feed.post", "record": record}
     try:
-        client.restore(did).post("/xrpc/com.atproto.repo.createRecord", json=call).raise_for_status()
+        account = client.restore(did)
+        account.total_timeout = 30  # seconds for a request, all told
+        account.post("/xrpc/com.atproto.repo.createRecord", json=call).raise_for_status()
     except SessionError as error:
         if not error.retryable:
             raise

@@ -60,6 +60,7 @@ def home(request: HttpRequest) -> HttpResponse:
     if did is None:
         return render(request, "login.html")
     account = client.restore(did)
+    account.total_timeout = 10  # seconds for a request, all told
     profile = account.get("/xrpc/com.atproto.server.getSession").json()
     return render(request, "home.html", {"handle": profile["handle"]})
 

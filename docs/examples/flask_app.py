@@ -44,6 +44,7 @@ def create_app(**options: Any) -> Flask:
         if "did" not in session:
             return LOGIN_FORM
         account = client.restore(session["did"])
+        account.total_timeout = 10  # seconds for a request, all told
         handle = account.get("/xrpc/com.atproto.server.getSession").json()["handle"]
         return f"<p>Hello {escape(handle)}</p>{LOGOUT_FORM}"
 

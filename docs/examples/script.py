@@ -72,6 +72,7 @@ def main(account: str, *, open_browser: Browser = webbrowser.open, **options: An
         session = restore(client, account) if account.startswith("did:") else None
         if session is None:
             session = log_in(client, account, open_browser)
+        session.total_timeout = 30  # seconds for a request, all told
         print(session.get("/xrpc/com.atproto.server.getSession").json())
         print(f"The next time: python script.py {session.did}")
 

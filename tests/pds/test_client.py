@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from atproto_session import (
     ClientMetadata,
@@ -382,3 +385,82 @@ def test_the_audience_may_end_with_a_slash(
         assert session.get(url).json()["did"] == session.did
     answer = requests.get(real_pds.pds_url + GET_SESSION, auth=client.auth(session.did), timeout=PATIENCE)
     assert answer.status_code == 200
+
+
+# Requests
+
+
+EAGER = Retry(3, status_forcelist=[503])
+
+
+@pytest.mark.parametrize("way", ["client", "mounted", "auth"])
+def test_each_try_has_a_proof_of_its_own(
+    real_pds: RealPDS, browser: Browser, pds_account: Account, session: OAuthSession, client: OAuthClient, way: str
+) -> None:
+    """The PDS sees each proof; what it answers is lost."""
+    with OAuthClient(client.metadata, store="memory:", retries=EAGER, **real_pds.client_options()) as retrying:
+        get: Callable[[], requests.Response]
+        if way == "client":
+            get = partial(log_in(browser, retrying, pds_account).get, GET_SESSION)
+        elif way == "mounted":
+            session.mount("http://", HTTPAdapter(max_retries=EAGER))
+            get = partial(session.get, GET_SESSION)
+        else:
+            own = requests.Session()
+            own.mount("http://", HTTPAdapter(max_retries=EAGER))
+            url = real_pds.pds_url + GET_SESSION
+            get = partial(own.get, url, auth=client.auth(session.did), timeout=PATIENCE)
+        assert get().status_code == 200
+        real_pds.proxy.reset()
+        real_pds.proxy.arm(GET_SESSION, proxy.status_after(503), times=2)
+        response = get()
+        assert (response.status_code, response.history) == (200, [])
+        assert real_pds.proxy.count(GET_SESSION) == 3
+
+
+def test_a_proof_that_was_repeated_on_the_way_is_replaced(
+    real_pds: RealPDS, session: OAuthSession, client: OAuthClient
+) -> None:
+    """As by a proxy that sends a request again when its answer is lost."""
+
+    class Repeating(HTTPAdapter):
+        def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+            request.headers["DPoP"] = str(request.headers["DPoP"])
+            super().send(request, *args, **options).close()
+            self.send = super().send  # type: ignore[method-assign]
+            response = super().send(request, *args, **options)
+            assert error_of(response) == ("invalid_dpop_proof", "DPoP proof replayed")
+            return response
+
+    assert session.get(GET_SESSION).status_code == 200
+    session.mount("http://", Repeating())
+    assert session.get(GET_SESSION).status_code == 200
+    assert real_pds.proxy.refreshes() == []
+
+
+@pytest.mark.parametrize("way", ["session", "auth"])
+def test_a_body_that_can_be_sent_once_follows_a_nonce(
+    real_pds: RealPDS, client: OAuthClient, session: OAuthSession, way: str
+) -> None:
+    client._nonces._nonces.clear()
+    url, headers = "/xrpc/com.atproto.repo.uploadBlob", {"Content-Type": "text/plain"}
+    body = (piece for piece in (b"read ", b"once"))
+    if way == "session":
+        response = session.post(url, data=body, headers=headers)
+    else:
+        auth = client.auth(session.did)
+        response = requests.post(real_pds.pds_url + url, data=body, headers=headers, auth=auth, timeout=PATIENCE)
+    assert response.status_code == 200
+    assert response.json()["blob"]["size"] == 9
+    assert real_pds.proxy.count(url) == 1
+
+
+def test_a_refusal_for_a_moment_costs_one_refresh(real_pds: RealPDS, session: OAuthSession) -> None:
+    """A replica that lags behind: the PDS itself issues, another part of it refuses."""
+    refusal = {"WWW-Authenticate": 'DPoP error="invalid_token"'}
+    real_pds.proxy.arm(GET_SESSION, proxy.status_before(401, refusal), times=4)
+    pauses: list[float] = []
+    session._signer._sleep = pauses.append
+    assert session.get(GET_SESSION).status_code == 200
+    assert len(pauses) == 3
+    assert len(real_pds.proxy.refreshes()) == 1

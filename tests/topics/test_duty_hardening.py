@@ -37,13 +37,13 @@ from atproto_session import (
     open_store,
 )
 from atproto_session._adapter import HardenedAdapter, Network
+from atproto_session._signer import Signer
 from atproto_session.client_auth import resolve_stored
 from atproto_session.discovery import parse_server_metadata
 from atproto_session.dpop import NonceCache
 from atproto_session.identity import parse_did_document
 from atproto_session.keys import generate_jwk
 from atproto_session.locks import FileLocks, Locks, ThreadLocks
-from atproto_session.oauth_session import Signer
 from atproto_session.stores import complete
 from atproto_session.testing.network import Account, LocalNetwork, Response
 from atproto_session.transport import Transport
