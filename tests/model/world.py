@@ -207,7 +207,8 @@ class World:
                 if s.holder is not None and (me >= self.workers or not waits):
                     yield "does not get the lock in time", self._go(s, me, a, Fault.LOCKED)
             case steps.Unlock():
-                yield "releases the lock", self._go(s._replace(holder=None), me, a, None)
+                holder = None if s.holder == me else s.holder
+                yield "releases the lock", self._go(s._replace(holder=holder), me, a, None)
             case steps.Extend():
                 if s.holder == me:
                     yield "still has its lock", self._go(s, me, a, True)
