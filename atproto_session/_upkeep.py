@@ -243,7 +243,8 @@ class _Servers:
     """Servers that fail again and again are left alone for a while, so that the accounts of others are not kept
     waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._failures: dict[str, int] = {}
         self._rests_until: dict[str, float] = {}
 
@@ -251,7 +252,7 @@ class _Servers:
         """
         :raises SessionError: ``server`` is left alone at the moment.
         """
-        left = self._rests_until.get(server, 0.0) - time.monotonic()
+        left = self._rests_until.get(server, 0.0) - self._clock()
         if left > 0:
             raise SessionError(
                 f"nothing was sent for {printable(key)}: {printable(server)} has failed {self._failures[server]} times "
@@ -268,7 +269,7 @@ class _Servers:
             failures = self._failures[server] = self._failures.get(server, 0) + 1
             if failures >= _FAILURES:
                 rest = max(error.retry_after or 0.0, min(2.0 ** (failures - _FAILURES), _LONGEST_REST))
-                self._rests_until[server] = time.monotonic() + rest
+                self._rests_until[server] = self._clock() + rest
 
 
 def _account(key: str, record: _Record) -> Account:

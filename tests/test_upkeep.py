@@ -406,10 +406,9 @@ def test_a_server_that_fails_again_and_again_keeps_no_other_waiting() -> None:
         assert result.error.did == result.did
 
 
-def test_which_failures_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_failures_are_a_servers() -> None:
     now = [1000.0]
-    monkeypatch.setattr("atproto_session._upkeep.time.monotonic", lambda: now[0])
-    servers = upkeep._Servers()
+    servers = upkeep._Servers(lambda: now[0])
     for error in (
         IdentityError("the directory is away", retryable=True),
         StoreError("busy", retryable=True),
