@@ -184,7 +184,9 @@ class OAuthClient:
 
         :param account: a handle, a DID, or the URL of a PDS or an authorization server, as people paste them: with
             ``@``, as ``at://`` URI, as the address of a profile's page, in quotes.
-        :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has.
+        :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has. One may be
+            narrower than one that the metadata has, if the server takes that. The reference server does not: register
+            the narrower one, too. What is asked for and not granted is logged when the log-in ends.
         :param state: anything; :meth:`callback` gives it back. It stays here, and is not sent.
         :param redirect_uri: one of the metadata's; by default the first. One on loopback that is registered without a
             port may have any.
