@@ -76,7 +76,7 @@ class World:
             self.authority.revoke(session)
         except Exception as error:  # noqa: BLE001 - there is nobody left to whom it would matter
             why = error if isinstance(error, SessionError) else type(error).__name__
-            log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, why)
+            log.warning("tokens of %s could not be revoked: %s", printable(session.token_set.sub), why)
             return False
         return True
 

@@ -172,7 +172,9 @@ class OAuthCallbackError(SessionError):
 
     def __init__(self, message: str, *, params: Mapping[str, str] | None = None, state: str | None = None) -> None:
         super().__init__(message)
-        self.params = {name: value for name, value in (params or {}).items() if name not in ("code", "response")}
+        # Anybody may send them: what is kept is bounded.
+        kept = [(name[:100], value[:1000]) for name, value in list((params or {}).items())[:20]]
+        self.params = {name: value for name, value in kept if name not in ("code", "response")}
         self.state = state
 
 

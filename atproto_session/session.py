@@ -23,6 +23,8 @@ from . import permissions
 #: Documents with a higher version were written by a later release, which may mean something else by them.
 DOCUMENT_VERSION = 1
 _OWN_MEMBER = "atprotoSession"
+#: In characters. Servers take 8 to 64 KiB of headers in all.
+_LONGEST_TOKEN = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,9 @@ def fault_in(tokens: TokenSet, sub: str) -> str | None:
 
 
 def is_token(text: str) -> bool:
-    """Whether ``text`` has only characters that a token may have (RFC 6749 appendix A.12)."""
-    return text.isascii() and text.isprintable()
+    """Whether ``text`` has only characters that a token may have (RFC 6749 appendix A.12), and not more of them than
+    any server would take in a header."""
+    return len(text) <= _LONGEST_TOKEN and text.isascii() and text.isprintable()
 
 
 # The stored document

@@ -57,6 +57,8 @@ class SessionGetter:
 
     #: How a refresh happens.
     _protocol: type[Refresh] = Refresh
+    #: The part of its time for which a log-in or a log-out waits for the account's lock. Then it does without, in time.
+    _lock_share = 0.5
 
     def __init__(
         self,
@@ -264,7 +266,7 @@ class SessionGetter:
         """
         timeout = seconds(timeout, self._timeout)
         deadline = time.monotonic() + timeout
-        world = replace(self._world, lock_within=timeout / 2)  # who cannot have the lock acts without it, in time
+        world = replace(self._world, lock_within=timeout * self._lock_share)
         try:
             flight = self._flights.charter(
                 sub, lambda flight: drive(flight, protocol, world), committed=orphan is not None

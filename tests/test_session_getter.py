@@ -1049,7 +1049,8 @@ def test_a_log_out_waits_for_a_refresh_and_ends_what_it_left() -> None:
 
 
 def test_a_log_out_that_cannot_wait_acts_at_once() -> None:
-    rig, gate = Rig(expired_session(), timeout=0.01), Gate()
+    rig, gate = Rig(expired_session()), Gate()
+    rig.getter._lock_share = 0.0
     rig.authority.on_send = gate
     refresh = Worker(lambda: rig.get(timeout=SOON))
     gate.wait_until_reached()
