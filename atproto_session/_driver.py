@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 from . import _steps as steps
 from ._flights import Flight
-from ._records import log
+from ._recent import Recent
+from ._records import Ending, log
 from ._threads import Promise
 from ._worker import life_of, this_worker
 from .errors import SessionError, StoreError, TransportError, printable
@@ -22,6 +23,9 @@ from .stores import FullStore
 
 T = TypeVar("T")
 Event = SessionUpdatedEvent | SessionDeletedEvent
+
+#: For how long, in seconds, it is remembered why a session ended. (And of how many at most, see :class:`.Recent`.)
+_REMEMBERED_FOR = 86400.0
 
 
 class Authority(Protocol):
@@ -44,6 +48,7 @@ class World:
     :ivar clock: seconds since the epoch.
     :ivar lock_within: how long a lock is waited for, in seconds.
     :ivar answer_every: how long a request is waited for before it is said that no answer has come yet, in seconds.
+    :ivar endings: why sessions have ended, and when, as far as this process has deleted them.
     """
 
     store: FullStore
@@ -55,6 +60,15 @@ class World:
     listeners: dict[type[Any], list[Callable[[Any], None]]] = field(
         default_factory=lambda: {SessionUpdatedEvent: [], SessionDeletedEvent: []}
     )
+    endings: Recent[Ending] = field(default_factory=lambda: Recent(_REMEMBERED_FOR))
+
+    def remember(self, event: Event) -> None:
+        """Keep in mind why a session ended, until another one takes its place."""
+        if isinstance(event, SessionDeletedEvent):
+            now = self.clock()
+            self.endings.set(event.sub, (now, Ending.by(event.cause, now)))
+        else:
+            self.endings.delete(event.sub)
 
     def revoke(self, session: Session) -> bool:
         """Whether the grant of ``session`` was ended at its server."""
@@ -62,7 +76,7 @@ class World:
             self.authority.revoke(session)
         except Exception as error:  # noqa: BLE001 - there is nobody left to whom it would matter
             why = error if isinstance(error, SessionError) else type(error).__name__
-            log.warning("tokens of %s could not be revoked: %s", session.token_set.sub, why)
+            log.warning("tokens of %s could not be revoked: %s", printable(session.token_set.sub), why)
             return False
         return True
 
@@ -132,6 +146,7 @@ class _Driver:
             case steps.Revoke(session):
                 return world.revoke(session)
             case steps.Tell(event):
+                world.remember(event)
                 for listener in list(world.listeners[type(event)]):
                     self._flight.afterwards(partial(listener, event))
                 return None

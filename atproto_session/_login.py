@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ._flights import Flight
+from ._records import log
 from .client_auth import negotiate
 from .discovery import Discovery
 from .dpop import challenge_of, generate_verifier
@@ -20,6 +21,7 @@ from .errors import OAuthCallbackError, SessionError, StoreError, TokenRefreshEr
 from .identity import IdentityResolver, check_did
 from .keys import Keyset, generate_jwk
 from .metadata import ClientMetadata
+from .permissions import missing
 from .server import AccountAuthority, AuthorizationServer
 from .session import ClientAuthMethod, Session, fault_in
 from .stores import Logins
@@ -210,6 +212,8 @@ class LoginFlow:
         if fault is not None:
             self._revoke(session)
             raise refuse(f"the server issued {fault}")
+        if not_granted := missing(tokens.scope, login.scope):
+            log.warning("%s did not grant %s to %s", tokens.iss, printable(" ".join(not_granted), 300), tokens.sub)
         return replace(session, token_set=replace(tokens, aud=aud))
 
     def _revoke(self, session: Session) -> None:

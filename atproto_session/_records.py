@@ -7,7 +7,8 @@ and nothing newer.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from . import _steps as steps
 from ._steps import Protocol
@@ -27,11 +28,51 @@ from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 log = logging.getLogger("atproto_session")
 
 
-def found(key: str, session: Session | None) -> Session:
+@dataclass(frozen=True)
+class Ending:
+    """What is remembered of a session that this process has deleted.
+
+    :ivar at: when, seconds since the epoch.
+    :ivar is_log_out: its owner, or the application, has ended it.
+    :ivar error: the OAuth error code of the server that ended it, if one did.
+    :ivar error_description: the server's own words.
+    """
+
+    at: float
+    why: str
+    is_log_out: bool
+    error: str | None
+    error_description: str | None
+
+    @classmethod
+    def by(cls, cause: BaseException, at: float) -> Ending:
+        # What others raise may say anything.
+        why = str(cause) if isinstance(cause, SessionError) else type(cause).__name__
+        error, words = (getattr(cause, name, None) for name in ("error", "error_description"))
+        return cls(
+            at,
+            printable(why, 600),
+            not isinstance(cause, SessionError) or isinstance(cause, TokenRevokedError),
+            printable(error) if isinstance(error, str) else None,
+            printable(words, 300) if isinstance(words, str) else None,
+        )
+
+    def as_error(self, key: str) -> SessionNotFoundError:
+        since = datetime.fromtimestamp(self.at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        advice = "" if self.why.endswith("log in again") else "; log in again"
+        error = SessionNotFoundError(f"no session is stored for {printable(key)} since {since}: {self.why}{advice}")
+        error.ended_at, error.error, error.error_description = self.at, self.error, self.error_description
+        return error.about(key)
+
+
+def found(key: str, session: Session | None, ending: Ending | None = None) -> Session:
     """``session``, which was read under ``key``.
 
+    :param ending: of the last session that was there, if that is known.
     :raises SessionNotFoundError: there is none, or it is not one of this account.
     """
+    if session is None and ending is not None:
+        raise ending.as_error(key)
     if session is None:
         raise SessionNotFoundError(f"no session is stored for {printable(key)}; log in first")
     if session.token_set.sub != subject_of(key):
@@ -122,6 +163,7 @@ def log_out(key: str, cause: BaseException, client_id: str | None, *, revoke: bo
     if is_deleted:
         yield steps.Tell(SessionDeletedEvent(key, cause))
     yield steps.Unlock()
+    yield steps.HandOut(None)  # a server that is slow keeps nobody waiting
     if revoke and last is not None:
         yield steps.Revoke(last)
 
@@ -150,6 +192,7 @@ def end(key: str, session: Session, cause: SessionError) -> Protocol[None]:
     yield steps.Commit()
     is_deleted = yield from remove(key, session, cause)
     yield steps.Unlock()
+    yield steps.HandOut(None)
     if is_deleted:
         yield steps.Revoke(session)
 

@@ -132,9 +132,9 @@ class Await(Step):
 
 @dataclass(frozen=True)
 class HandOut(Step):
-    """Give ``session`` to those who wait, though it is not stored yet."""
+    """Give ``session`` to those who wait, before the protocol has ended."""
 
-    session: Session
+    session: Session | None
 
 
 @dataclass(frozen=True)

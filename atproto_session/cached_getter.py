@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ._flights import Flight, Flights
+from ._flights import Flight, Flights, seconds
 from .errors import CancelledError, LockTimeoutError, SessionError, StoreError, printable
 from .locks import Locks, ThreadLocks
 
@@ -108,7 +108,7 @@ class CachedGetter(Generic[V]):
         if is_good(stored):
             return stored  # type: ignore[return-value]  # a good value is a V
         options = GetOptions(no_cache, allow_stale, timeout, cancel)
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        deadline = time.monotonic() + seconds(timeout, self._timeout)
 
         def work(flight: Flight[V]) -> V:
             with self._lock(flight, deadline):

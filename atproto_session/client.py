@@ -12,7 +12,7 @@ from requests.auth import AuthBase
 from urllib3.util import Retry
 
 from ._adapter import HardenedAdapter
-from ._flights import Flight, Flights
+from ._flights import Flight, Flights, seconds
 from ._login import LoginFlow
 from ._records import log
 from ._signer import Refusals, Signer
@@ -192,7 +192,9 @@ class OAuthClient:
 
         :param account: a handle, a DID, or the URL of a PDS or an authorization server, as people paste them: with
             ``@``, as ``at://`` URI, as the address of a profile's page, in quotes.
-        :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has.
+        :param scope: which scopes to ask for, separated by spaces; by default all that the metadata has. One may be
+            narrower than one that the metadata has, if the server takes that. The reference server does not: register
+            the narrower one, too. What is asked for and not granted is logged when the log-in ends.
         :param state: anything; :meth:`callback` gives it back. It stays here, and is not sent.
         :param redirect_uri: one of the metadata's; by default the first. One on loopback that is registered without a
             port may have any.
@@ -271,7 +273,7 @@ class OAuthClient:
 
     def _within(self, timeout: float | None, what: str, work: Callable[[Flight[T]], T]) -> T:
         """What ``work`` returns, if it does so in time; afterwards it goes on alone."""
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        deadline = time.monotonic() + seconds(timeout, self._timeout)
         return self._flights.charter(what, work).wait(deadline)
 
     # Using and ending sessions
@@ -296,14 +298,19 @@ class OAuthClient:
         """
         return AccountAuth(self._signer(_key_of(did, session_id)), self._pool)
 
-    def revoke(self, did: str, *, session_id: str | None = None) -> None:
+    def revoke(self, did: str, *, session_id: str | None = None, timeout: float | None = None) -> None:
         """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
 
+        :param timeout: how long to wait, all told, in seconds; by default the client's. A server that takes longer is
+            told in the background.
         :raises IdentityError: ``did`` is not a DID.
         :raises StoreError: the store cannot be written.
+        :raises LockTimeoutError: ``timeout`` is over and the store has not answered. The session is deleted as soon as
+            it does.
+        :raises TokenRefreshError: it is the session of another client, and is kept.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
-        self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
+        self.sessions.delete_stored(_key_of(did, session_id), revoke=True, timeout=timeout)
 
     # Looking after the store
 

@@ -81,9 +81,18 @@ class SessionError(Exception):
 
 
 class SessionNotFoundError(SessionError):
-    """No session is stored under this key. The account has not logged in, or has logged out."""
+    """No session is stored under this key. The account has not logged in, or its session has ended. Where this process
+    has ended it, the message says when and why, until the account logs in again.
+
+    :ivar ended_at: when the session ended, seconds since the epoch, or ``None`` where that is not known.
+    :ivar error: the OAuth error code of the server that ended it, or ``None`` where no server spoke.
+    :ivar error_description: the server's own words, or ``None``.
+    """
 
     login_required = True
+    ended_at: float | None = None
+    error: str | None = None
+    error_description: str | None = None
 
 
 class TokenRefreshError(SessionError):
@@ -163,7 +172,9 @@ class OAuthCallbackError(SessionError):
 
     def __init__(self, message: str, *, params: Mapping[str, str] | None = None, state: str | None = None) -> None:
         super().__init__(message)
-        self.params = {name: value for name, value in (params or {}).items() if name not in ("code", "response")}
+        # Anybody may send them: what is kept is bounded.
+        kept = [(name[:100], value[:1000]) for name, value in list((params or {}).items())[:20]]
+        self.params = {name: value for name, value in kept if name not in ("code", "response")}
         self.state = state
 
 

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from ._urls import check_url, origin
 from .errors import ClientMetadataError, printable
 from .keys import Keyset
+from .permissions import permits
 
 _SCOPE_TOKEN = r"[\x21\x23-\x5b\x5d-\x7e]+"  # noqa: S105 - RFC 6749 section 3.3 calls it that
 _SCOPE = re.compile(f"{_SCOPE_TOKEN}(?: {_SCOPE_TOKEN})*")
@@ -275,13 +276,14 @@ class ClientMetadata:
         raise _wrong("redirect_uri", f"it is not one of those in the client metadata ({shown})")
 
     def check_scope(self, scope: str) -> str:
-        """``scope``, each of its scopes once, if a log-in may ask for it.
+        """``scope``, each of its scopes once, if a log-in may ask for it: they are registered, or permit no more than
+        those that are.
 
         :raises ClientMetadataError: it lacks ``atproto``, or holds a scope that is not registered.
         """
-        asked = _checked_scope(scope)
+        asked = _parsed_scope(scope)
         for token in asked:
-            if token not in self.scope.split(" "):
+            if token not in self.scope.split(" ") and not permits(self.scope, token):
                 raise _wrong("scope", f"{printable(token)} is not among the scopes of the client metadata")
         return " ".join(asked)
 
@@ -383,15 +385,20 @@ def _text_tuple(value: object, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _checked_scope(scope: str) -> tuple[str, ...]:
+def _parsed_scope(scope: str) -> tuple[str, ...]:
     try:
         scopes = parse_scope(scope)
     except ValueError as error:
         raise ClientMetadataError(str(error), field="scope") from None
     if "atproto" not in scopes:
         raise _wrong("scope", "it must hold atproto")
+    return scopes
+
+
+def _checked_scope(scope: str) -> tuple[str, ...]:
+    scopes = _parsed_scope(scope)
     if "transition:chat.bsky" in scopes and "transition:generic" not in scopes:
-        raise _wrong("scope", "transition:chat.bsky does nothing without transition:generic")
+        raise _wrong("scope", "transition:chat.bsky needs transition:generic")
     return scopes
 
 

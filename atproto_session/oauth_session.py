@@ -254,13 +254,18 @@ class OAuthSession(requests.Session):
         expired = None if tokens.expires_at is None else self._signer.getter.freshness.is_expired(tokens)
         return TokenInfo(tokens.expires_at, expired, tokens.scope, tokens.iss, tokens.aud, tokens.sub)
 
-    def sign_out(self) -> None:
+    def sign_out(self, timeout: float | None = None) -> None:
         """Delete the session here, and end it at its server if that can be reached.
 
+        :param timeout: how long to wait, all told, in seconds; by default the client's. A server that takes longer is
+            told in the background.
         :raises StoreError: the store cannot be written.
+        :raises LockTimeoutError: ``timeout`` is over and the store has not answered. The session is deleted as soon as
+            it does.
+        :raises TokenRefreshError: it is the session of another client, and is kept.
         """
         self._signer.forget()
-        self._signer.getter.delete_stored(self._signer.key, revoke=True)
+        self._signer.getter.delete_stored(self._signer.key, revoke=True, timeout=timeout)
 
     def __repr__(self) -> str:
         return f"<OAuthSession {self._signer.key}>"

@@ -37,6 +37,10 @@ _log = logging.getLogger("atproto_session")
 ANSWER_WITHIN = 120.0
 #: The bound on every other request with all its tries, in seconds.
 REPLY_WITHIN = 30.0
+#: What is kept of the scopes in an answer, in characters. Permission sets that are expanded need some thousand.
+_LONGEST_SCOPE = 16 * 1024
+#: And of names in it: no DID is longer (2,048 characters), no type of a token, and no URL that a browser could open.
+_LONGEST_NAME = 2049
 #: Longer lives are taken for nonsense, in seconds.
 _LONGEST_LIFE = 10 * 365 * 86400.0
 #: Nobody is asked to stay away for longer, in seconds. (urllib3 has the same bound.)
@@ -92,7 +96,7 @@ class AuthorizationServer:
         url = self.metadata.pushed_authorization_request_endpoint
         response = self._post(url, params, key, method)
         request_uri = _object_in(response).get("request_uri")
-        if not isinstance(request_uri, str) or not request_uri:
+        if not isinstance(request_uri, str) or not 0 < len(request_uri) <= _LONGEST_NAME:
             raise TransportError(f"{origin(url)} gave no request_uri for the pushed request", sent=True)
         self._nonces.check(_answer_in(response), url)
         return request_uri
@@ -158,15 +162,23 @@ class AuthorizationServer:
             raise TransportError(f"{origin(url)} answered {what}", sent=True)
         tokens = TokenSet(
             iss=self.metadata.issuer,
-            sub=_text(document, "sub") or "",
+            sub=(_text(document, "sub") or "")[:_LONGEST_NAME],
             aud="",
-            scope=_text(document, "scope") or "",
+            scope=self._scope_in(document),
             refresh_token=_text(document, "refresh_token"),
             access_token=access_token,
-            token_type=_text(document, "token_type") or "",
+            token_type=(_text(document, "token_type") or "")[:_LONGEST_NAME],
             expires_at=_expiry(document.get("expires_in"), asked_at),
         )
         return tokens, response
+
+    def _scope_in(self, document: Mapping[str, Any]) -> str:
+        """The scopes that were granted, as far as they are kept. What is left out counts as not granted."""
+        scope = _text(document, "scope") or ""
+        if len(scope) <= _LONGEST_SCOPE:
+            return scope
+        _log.warning("%s granted more scopes than are kept; the last ones are left out", self.metadata.issuer)
+        return f"{'atproto ' if 'atproto' in scope.split() else ''}{scope[:_LONGEST_SCOPE].rpartition(' ')[0]}"
 
     def _post(
         self,

@@ -18,9 +18,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NoReturn
 
+from . import permissions
+
 #: Documents with a higher version were written by a later release, which may mean something else by them.
 DOCUMENT_VERSION = 1
 _OWN_MEMBER = "atprotoSession"
+#: In characters. Servers take 8 to 64 KiB of headers in all.
+_LONGEST_TOKEN = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class TokenInfo:
     """What may be shown of a session's tokens.
 
     :ivar expired: whether the access token has expired, or ``None`` if the server did not say when it does.
+    :ivar scope: the scopes that were granted, separated by spaces. They may be fewer than were asked for.
     """
 
     expires_at: datetime | None
@@ -170,6 +175,29 @@ class TokenInfo:
     iss: str
     aud: str
     sub: str
+
+    def permits(self, scope: str) -> bool:
+        """Whether the account has granted what ``scope`` names, by the rules of the AT Protocol permission
+        specification. No request is made: the account's server has the last word.
+
+        ``repo:app.bsky.feed.post?action=create``, ``rpc:com.example.getFeed?aud=did:web:api.example.com%23feeds``,
+        ``blob:image/png``, ``account:email``, ``identity:handle`` and the like are also granted by wider scopes, and by
+        the ``transition:`` scopes that stand for them. Any other name is granted only as such. What breaks the rules is
+        never granted.
+
+        Servers write the permissions of an ``include:`` scope into the granted scopes in its place, as the reference
+        server does. Ask for those. What an ``include:`` that a server has left as it is holds cannot be known here: it
+        permits itself, and nothing else. :func:`.permissions.expand` lists what a permission set holds.
+
+        :param scope: one scope, or several, separated by spaces: then all have to be granted. A wildcard asks for all
+            that it stands for; ``repo:app.bsky.feed.post`` asks for all three actions.
+        :raises TypeError: ``scope`` is no string.
+        """
+        if not isinstance(scope, str):
+            raise TypeError(
+                f"scope is a string, such as 'repo:app.bsky.feed.post?action=create', not {type(scope).__name__}"
+            )
+        return permissions.permits(self.scope, scope)
 
 
 @dataclass(frozen=True)
@@ -242,8 +270,9 @@ def fault_in(tokens: TokenSet, sub: str) -> str | None:
 
 
 def is_token(text: str) -> bool:
-    """Whether ``text`` has only characters that a token may have (RFC 6749 appendix A.12)."""
-    return text.isascii() and text.isprintable()
+    """Whether ``text`` has only characters that a token may have (RFC 6749 appendix A.12), and not more of them than
+    any server would take in a header."""
+    return len(text) <= _LONGEST_TOKEN and text.isascii() and text.isprintable()
 
 
 # The stored document

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from . import _records as records
 from ._driver import Authority, World, drive
-from ._flights import Flight, Flights
+from ._flights import Flight, Flights, seconds
 from ._records import log
 from ._rests import check_rest
 from ._steps import Protocol
@@ -59,6 +59,8 @@ class SessionGetter:
 
     #: How a refresh happens.
     _protocol: type[Refresh] = Refresh
+    #: The part of its time for which a log-in or a log-out waits for the account's lock. Then it does without, in time.
+    _lock_share = 0.5
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class SessionGetter:
         :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
         """
         try:
-            deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+            deadline = time.monotonic() + seconds(timeout, self._timeout)
             seen = self._read(sub)
             wanted = Wanted(seen, self.freshness, refresh, rejected)
             if (refresh is False and rejected is None) or wanted.is_met_by(seen):
@@ -143,17 +145,23 @@ class SessionGetter:
             return self._fly(sub, wanted, deadline, cancel)
         except SessionError as error:
             error.about(sub)
+            _, ending = self._world.endings.get(sub) or (0.0, None)
+            if isinstance(error, TokenRevokedError) and ending is not None and not ending.is_log_out:
+                raise ending.as_error(sub) from error  # its record was deleted meanwhile, and it is known why
             raise
 
     def _read(self, sub: str) -> Session:
+        _, ending = self._world.endings.get(sub) or (0.0, None)
         try:
-            session = records.found(sub, self._store.get(sub))
+            session = records.found(sub, self._store.get(sub), ending)
         except StoreError:
             # The tokens of a refresh that cannot be stored are handed out meanwhile.
             flight = self._flights.get(sub)
             if flight is None or not flight.landed.is_set():
                 raise
             session = flight.landed.result()
+        if ending is not None and (session.began_at or 0.0) > ending.at:
+            self._world.endings.delete(sub)  # another process has logged the account in since
         records.check_client(sub, session, self._terms.client_id)
         return session
 
@@ -218,53 +226,67 @@ class SessionGetter:
         return self._store.get(sub)
 
     def set_stored(self, sub: str, session: Session) -> None:
-        """Store the session of a new log-in, in the place of what is there. A refresh under way is waited for. A grant
-        of this client that is replaced is ended at its server.
+        """Store the session of a new log-in, in the place of what is there. A refresh under way is waited for, for half
+        of the getter's timeout. A grant of this client that is replaced is ended at its server.
 
         :raises ValueError: the session is of another account.
         :raises StoreError: the session cannot be stored; it has been revoked.
+        :raises LockTimeoutError: the getter's timeout is over. The session is stored as soon as the store allows it.
         """
         if session.token_set.sub != subject_of(sub):
             raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
         session = replace(session, client_id=self._terms.client_id, after_lost_answer=False)
-        self._carry_out(sub, records.log_in(sub, session), orphan=session)
+        self._carry_out(sub, records.log_in(sub, session), None, orphan=session)
 
-    def delete_stored(self, sub: str, cause: BaseException | None = None, *, revoke: bool = False) -> None:
-        """Delete what is stored under ``sub``. A refresh under way is waited for.
+    def delete_stored(
+        self, sub: str, cause: BaseException | None = None, *, revoke: bool = False, timeout: float | None = None
+    ) -> None:
+        """Delete what is stored under ``sub``. A refresh under way is waited for, for half of the time.
 
         :param cause: what the listeners are told; by default that the session was signed out.
-        :param revoke: end the session at the authorization server as well, if it can be reached.
+        :param revoke: end the session at the authorization server as well, if it can be reached. Where that takes
+            longer than ``timeout``, it goes on alone.
+        :param timeout: how long to wait, all told, in seconds; by default the getter's.
         :raises StoreError: the store cannot be written.
+        :raises LockTimeoutError: ``timeout`` is over and the store has not answered. The session is deleted as soon as
+            it does.
         :raises TokenRefreshError: it is the session of another client, and is kept.
         """
         why = cause or TokenRevokedError(f"the session {sub} was signed out").about(sub)
-        self._carry_out(sub, records.log_out(sub, why, self._terms.client_id, revoke=revoke))
+        self._carry_out(sub, records.log_out(sub, why, self._terms.client_id, revoke=revoke), timeout)
 
     def delete_rejected(self, sub: str, session: Session, cause: SessionError) -> None:
         """Delete ``session``, because its server refuses tokens that it has just issued, and end it there; not what has
         come since."""
-        self._carry_out(sub, records.end(sub, session, cause.about(sub)))
+        self._carry_out(sub, records.end(sub, session, cause.about(sub)), None)
 
     def delete_unusable(self, sub: str, session: Session, cause: SessionError) -> bool:
         """Delete ``session``, which nobody can use any more; not what has come since. Returns whether it was there.
 
         :raises StoreError: the store cannot be written.
         """
-        return self._carry_out(sub, records.remove(sub, session, cause.about(sub)))
+        return self._carry_out(sub, records.remove(sub, session, cause.about(sub)), None)
 
-    def _carry_out(self, sub: str, protocol: Protocol[T], *, orphan: Session | None = None) -> T:
+    def _carry_out(
+        self, sub: str, protocol: Protocol[T], timeout: float | None, *, orphan: Session | None = None
+    ) -> T:
         """
         :param orphan: a session that there is no way to come to again, if ``protocol`` cannot be begun.
         """
+        timeout = seconds(timeout, self._timeout)
+        deadline = time.monotonic() + timeout
+        world = replace(self._world, lock_within=timeout * self._lock_share)
         try:
             flight: Flight[T] = self._flights.charter(
-                sub, lambda flight: drive(flight, protocol, self._world), committed=orphan is not None
+                sub, lambda flight: drive(flight, protocol, world), committed=orphan is not None
             )
         except SessionError:
             if orphan is not None:
                 self._world.revoke(orphan)
             raise
-        return flight.wait(float("inf"))
+        result = flight.wait(deadline)
+        flight.over.wait(deadline - time.monotonic())  # and no longer for what follows at the server
+        return result
 
     def close(self) -> None:
         """Wait until nothing is being refreshed. Nothing is refreshed afterwards: what needs that raises

@@ -268,7 +268,8 @@ def soak(options: Options) -> Totals:
         watch = Watch(network, totals.broken)
         accounts = [network.create_account() for _ in range(options.accounts)]
         # An impatient one: most log-outs and log-ins do not wait for the refresh that is under way.
-        with make_client(store, network.client_options(), timeout=0.05) as client:
+        with make_client(store, network.client_options()) as client:
+            client.sessions._lock_share = 0.002
             owner = Owner(client, network, watch, totals)
             for account in accounts:
                 owner.log_in(account)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sqlite3
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from atproto_session import (
     ClientMetadataError,
     DiscoveryError,
     IdentityError,
+    LockTimeoutError,
     OAuthCallbackError,
     OAuthClient,
     OAuthResponseError,
@@ -629,6 +631,39 @@ def test_signing_out_works_without_the_server(
     assert "could not be revoked" in caplog.text
     with pytest.raises(SessionNotFoundError):
         client.restore(session.did)
+
+
+@pytest.mark.parametrize("way", ["revoke", "sign_out"])
+def test_signing_out_keeps_to_its_time_at_a_slow_server(
+    network: LocalNetwork, client: OAuthClient, session: OAuthSession, way: str
+) -> None:
+    slow = network.fault("revoke", "hold")
+    if way == "revoke":
+        client.revoke(session.did, timeout=0.1)
+    else:
+        session.sign_out(timeout=0.1)
+    assert network.revocations == 0
+    with pytest.raises(SessionNotFoundError, match="was signed out"):
+        client.restore(session.did)
+    slow.release.set()
+    wait_until(lambda: network.revocations == 1)
+
+
+@pytest.mark.parametrize("way", ["revoke", "sign_out"])
+def test_signing_out_keeps_to_its_time_over_a_busy_database(
+    network: LocalNetwork, account: Account, tmp_path: Path, way: str
+) -> None:
+    options = network.client_options()
+    with OAuthClient(ClientMetadata.loopback(), store=f"sqlite:///{tmp_path}/sessions.db", **options) as client:
+        session = log_in(network, client, account)
+        other = sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LockTimeoutError):
+            client.revoke(session.did, timeout=0.1) if way == "revoke" else session.sign_out(timeout=0.1)
+        other.execute("ROLLBACK")
+        other.close()
+        wait_until(lambda: network.revocations == 1)
+        assert client.sessions.get_stored(session.did) is None
 
 
 @pytest.mark.duty(37)

@@ -109,3 +109,8 @@ def test_whether_a_store_error_is_worth_another_try_depends() -> None:
 def test_text_from_outside_is_made_printable_and_short(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable("abcdef", 3) == "abc..."
+
+
+def test_what_anybody_may_send_is_kept_in_part() -> None:
+    error = OAuthCallbackError("no", params={f"{number}" * 500: "x" * 100_000 for number in range(1000)})
+    assert len(pickle.dumps(error)) < 50_000

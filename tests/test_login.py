@@ -91,6 +91,18 @@ def test_a_log_in_keeps_to_its_bound(network: LocalNetwork, client: OAuthClient,
     wait_until(lambda: client.sessions.get_stored(account.did))  # what was sent goes on, and is stored
 
 
+def test_what_was_not_granted_is_said_once_for_each_log_in(
+    network: LocalNetwork, client: OAuthClient, account: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    for granted in ("atproto transition:generic", "atproto"):
+        callback = network.authorize(client.authorize(account.did), account, scope=granted)
+        session = client.callback(callback).session
+        session.get(GET_SESSION)
+        warnings = [each.getMessage() for each in caplog.records if "did not grant" in each.getMessage()]
+        missing = [f"{network.issuer} did not grant transition:generic to {account.did}"]
+        assert warnings == ([] if session.token_info().permits("transition:generic") else missing)
+
+
 def test_a_second_log_in_ends_the_grant_of_the_first(
     network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:

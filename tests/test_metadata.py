@@ -216,9 +216,17 @@ class TestGrantAndScope:
         assert metadata.check_scope("transition:generic atproto atproto") == "transition:generic atproto"
         assert "transition:email" in refusal("scope", lambda: metadata.check_scope("atproto transition:email"))
         assert "atproto" in refusal("scope", lambda: metadata.check_scope("transition:generic"))
-        refusal("scope", lambda: metadata.check_scope("atproto transition:chat.bsky"))
+        assert metadata.check_scope("atproto transition:chat.bsky"), "it is registered, and the server decides"
         refusal("scope", lambda: metadata.check_scope(""))
         assert len(refusal("scope", lambda: metadata.check_scope("atproto " + "x" * 9999))) < 300
+
+    @pytest.mark.duty(23, 44)
+    def test_a_login_may_ask_for_less_than_a_scope_that_is_registered(self) -> None:
+        metadata = client(scope="atproto repo:com.example.event blob:image/* account:email?action=manage")
+        for narrower in ("repo:com.example.event?action=create", "blob:image/png", "account:email"):
+            assert metadata.check_scope(f"atproto {narrower}") == f"atproto {narrower}"
+        for other in ("repo:com.example.day", "repo:*", "blob:*/*", "account:status", "transition:email"):
+            assert "not among" in refusal("scope", lambda other=other: metadata.check_scope(f"atproto {other}"))  # type: ignore[misc]
 
 
 class TestRedirectUris:

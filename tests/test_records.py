@@ -76,7 +76,8 @@ def test_a_log_out_of_another_clients_session_is_refused() -> None:
 
 
 def test_a_log_out_of_nothing_tells_nobody() -> None:
-    assert carry_out(World(None), log_out(DID, OVER, None, revoke=True)) == ["Lock", "Commit", "Read", "Unlock"]
+    names = carry_out(World(None), log_out(DID, OVER, None, revoke=True))
+    assert names == ["Lock", "Commit", "Read", "Unlock", "HandOut"]
 
 
 def test_what_is_ended_here_is_ended_there_and_nothing_newer() -> None:

@@ -21,7 +21,7 @@ from atproto_session.errors import OAuthResponseError, TransportError
 from atproto_session.keys import Keyset, generate_jwk
 from atproto_session.metadata import ClientMetadata
 from atproto_session.server import ANSWER_WITHIN, REPLY_WITHIN, AuthorizationServer, masked, retry_after
-from atproto_session.session import ClientAuthMethod
+from atproto_session.session import ClientAuthMethod, fault_in
 from atproto_session.transport import Response, Transport
 
 from .core import KEY, make_session
@@ -74,6 +74,37 @@ def error_of(response: Response | Callable[..., Response], **options: Any) -> OA
     with pytest.raises(OAuthResponseError) as caught:
         server(Answering(response), **options).refresh(make_session(), NONE)
     return caught.value
+
+
+# What is kept of an answer
+
+
+@pytest.mark.parametrize("has_atproto", [True, False])
+def test_a_stranger_fills_no_memory_with_an_answer(has_atproto: bool, caplog: pytest.LogCaptureFixture) -> None:
+    scope = " ".join(
+        [*(f"repo:com.example.number{number}" for number in range(20_000)), "atproto"][: 20_000 + has_atproto]
+    )
+    document = TOKENS | {"scope": scope, "sub": "did:web:" + "x" * 100_000, "token_type": "D" * 100_000}
+    tokens = server(Answering(answer(document))).refresh(make_session(), NONE)
+    assert len(tokens.scope) <= 17_000
+    kept = tokens.scope.split()
+    assert ("atproto" in kept) is has_atproto
+    assert set(kept) <= set(scope.split()), "none is cut in two"
+    assert "more scopes than are kept" in caplog.text
+    assert len(tokens.sub) + len(tokens.token_type) < 5000
+    assert fault_in(tokens, tokens.sub), "and nobody is logged in by it"
+
+
+def test_a_token_that_no_server_would_take_is_none() -> None:
+    for name in ("access_token", "refresh_token"):
+        document = TOKENS | {name: "x" * 100_000}
+        tokens = server(Answering(answer(document))).refresh(make_session(), NONE)
+        assert fault_in(tokens, "did:plc:x") == "tokens that no header can carry"
+
+
+def test_a_request_uri_that_no_browser_could_open_is_none() -> None:
+    with pytest.raises(TransportError, match="gave no request_uri"):
+        server(Answering(answer({"request_uri": "urn:" + "x" * 5000}))).push({}, KEY, NONE)
 
 
 # How long answers are waited for

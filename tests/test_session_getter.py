@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from atproto_session import (
     SessionNotFoundError,
     SessionUpdatedEvent,
     StoreError,
+    TokenInvalidError,
     TokenRefreshError,
     TokenRevokedError,
     TokenSet,
@@ -1047,7 +1049,8 @@ def test_a_log_out_waits_for_a_refresh_and_ends_what_it_left() -> None:
 
 
 def test_a_log_out_that_cannot_wait_acts_at_once() -> None:
-    rig, gate = Rig(expired_session(), timeout=0.01), Gate()
+    rig, gate = Rig(expired_session()), Gate()
+    rig.getter._lock_share = 0.0
     rig.authority.on_send = gate
     refresh = Worker(lambda: rig.get(timeout=SOON))
     gate.wait_until_reached()
@@ -1109,6 +1112,137 @@ def test_a_rejected_session_is_deleted_unless_it_was_replaced() -> None:
     assert rig.stored is None
     rig.getter.delete_rejected(DID, make_session(2), cause)
     assert len(rig.events) == 1
+
+
+def test_a_log_out_waits_for_no_server_beyond_its_time() -> None:
+    rig, gate = Rig(make_session()), Gate()
+    revoke = rig.authority.revoke
+    rig.authority.revoke = lambda session: (gate(), revoke(session))[1]  # type: ignore[method-assign]
+    rig.getter.delete_stored(DID, revoke=True, timeout=0.05)
+    assert rig.stored is None
+    assert rig.authority.revoked == []
+    assert rig.events == [], "nothing but the end of the flight tells"
+    gate.open()
+    rig.getter.close()
+    assert rig.authority.revoked == ["refresh-1"], "it goes on alone"
+    assert len(rig.events) == 1
+
+
+def test_a_log_out_within_its_time_has_told_the_server() -> None:
+    rig = Rig(make_session())
+    rig.getter.delete_stored(DID, revoke=True, timeout=SOON)
+    assert rig.authority.revoked == ["refresh-1"]
+    assert len(rig.events) == 1
+
+
+def test_a_log_out_waits_for_no_store_beyond_its_time() -> None:
+    store, gate = FailingStore(), Gate()
+    rig = Rig(make_session(), store)
+    store.replace = lambda *arguments: (gate(), MemoryStore.replace(store, *arguments))[1]  # type: ignore[method-assign]
+    with pytest.raises(LockTimeoutError, match="goes on without you") as caught:
+        rig.getter.delete_stored(DID, revoke=True, timeout=0.05)
+    assert caught.value.retryable
+    gate.open()
+    rig.getter.close()
+    assert rig.stored is None
+    assert rig.authority.revoked == ["refresh-1"]
+
+
+def test_a_log_out_does_without_the_lock_after_half_its_time() -> None:
+    rig = Rig(make_session())
+    locks, times = rig.store.locks, list[float]()
+    hold = locks.hold
+
+    def spied(name: str, *, timeout: float, cancel: Any = None) -> Any:
+        times.append(timeout)
+        return hold(name, timeout=timeout, cancel=cancel)
+
+    locks.hold = spied  # type: ignore[method-assign]
+    with hold(DID, timeout=0.0):
+        rig.getter.delete_stored(DID, revoke=True, timeout=0.2)
+    assert rig.stored is None
+    assert times == [0.1]
+
+
+@pytest.mark.parametrize(("timeout", "problem"), [("5", TypeError), (True, TypeError), (float("nan"), ValueError)])
+def test_a_timeout_is_a_number_of_seconds(timeout: Any, problem: type[Exception]) -> None:
+    rig = Rig(make_session())
+    for call in (rig.getter.delete_stored, rig.getter.get_session):
+        with pytest.raises(problem, match="timeout is a number of seconds"):
+            call(DID, timeout=timeout)
+    assert rig.stored is not None
+
+
+# Why there is no session
+
+
+def test_why_a_session_ended_is_told_to_all_who_ask_later() -> None:
+    rig = Rig(expired_session())
+    refusal = OAuthResponseError(
+        "400: invalid_grant (Token was not issued to this client)",
+        status=400,
+        error="invalid_grant",
+        error_description="Token was not issued to this client",
+    )
+    rig.answer_with(refusal)
+    with pytest.raises(TokenRefreshError):
+        rig.get()
+    for refresh in (False, "auto", True):
+        with pytest.raises(SessionNotFoundError, match=r"since \d{4}-\d\d-\d\d .* UTC: .*not issued to") as caught:
+            rig.get(refresh)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert (error.error, error.error_description) == ("invalid_grant", "Token was not issued to this client")
+        assert (error.did, error.session_id) == (DID, None)
+        assert abs(error.ended_at - time.time()) < 60
+        assert error.login_required
+    with pytest.raises(SessionNotFoundError, match="log in first") as caught:
+        rig.getter.get_session(f"{DID}#other")
+    assert (caught.value.error, caught.value.ended_at) == (None, None)
+
+
+def test_a_sign_out_is_remembered_until_the_next_log_in() -> None:
+    rig = Rig(make_session())
+    rig.getter.delete_stored(DID)
+    with pytest.raises(SessionNotFoundError, match=r"was signed out; log in again$"):
+        rig.get()
+    rig.getter.set_stored(DID, make_session())
+    rig.store.delete(DID)
+    with pytest.raises(SessionNotFoundError, match="log in first"):
+        rig.get()
+
+
+def test_a_log_in_by_another_process_is_the_end_of_what_is_remembered() -> None:
+    rig = Rig(make_session())
+    rig.getter.delete_stored(DID)
+    rig.store.set(DID, make_session(2, began_at=1.0))
+    assert rig.get()
+    rig.store.delete(DID)
+    with pytest.raises(SessionNotFoundError, match="signed out"):
+        rig.get()
+    rig.store.set(DID, make_session(2, began_at=time.time() + 1.0))
+    assert rig.get()
+    rig.store.delete(DID)
+    with pytest.raises(SessionNotFoundError, match="log in first"):
+        rig.get()
+
+
+def test_what_others_say_of_the_end_is_not_repeated() -> None:
+    rig = Rig(make_session())
+    rig.getter.delete_stored(DID, RuntimeError("the password is hunter2"))
+    with pytest.raises(SessionNotFoundError, match=r"UTC: RuntimeError; log in again$"):
+        rig.get()
+
+
+def test_those_whose_refresh_finds_no_record_are_told_why_as_well() -> None:
+    rig, gate = Rig(expired_session()), Gate()
+    rig.authority.on_prepare = gate
+    waiting = [Worker(rig.get) for _ in range(2)]
+    gate.wait_until_reached()
+    rig.getter.delete_rejected(DID, expired_session(), TokenInvalidError("the server refuses new tokens"))
+    gate.open()
+    for each in waiting:
+        with pytest.raises(SessionNotFoundError, match="refuses new tokens"):
+            each.outcome()
 
 
 # Listeners

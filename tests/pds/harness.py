@@ -55,6 +55,21 @@ class NodeClientError(Exception):
         self.name = name
 
 
+def ask_reference(**questions: list[Any]) -> dict[str, list[Any]]:
+    """What the packages of the reference make of documents and scopes; see ``judge.mjs``."""
+    installation = ensure_installed()
+    done = subprocess.run(
+        [installation.node, _HERE / "judge.mjs", installation.directory],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(installation.env),
+    )
+    answers: dict[str, list[Any]] = json.loads(done.stdout)
+    return answers
+
+
 class RealPDS:
     """A PDS with its PLC directory, behind a :class:`FaultProxy`.
 

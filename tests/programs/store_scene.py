@@ -178,10 +178,11 @@ class Scene:
         def new_client() -> tuple[OAuthClient, Steps, FullStore]:
             steps, store = Steps(), clean_up.enter_context(closing(open_store(url)))
             watched = WatchedStore(store, steps, locks and locks())
-            timeout = 0.001 if hasty else SOON
             client = OAuthClient(
-                ClientMetadata.loopback(), store=watched, timeout=timeout, times=RESTLESS, **network.client_options()
+                ClientMetadata.loopback(), store=watched, timeout=SOON, times=RESTLESS, **network.client_options()
             )
+            if hasty:
+                client.sessions._lock_share = 0.0
             self._stores[client] = watched
             return clean_up.enter_context(client), steps, store
 

@@ -13,14 +13,21 @@ import pytest
 
 from atproto_session import LockTimeoutError, Session, SessionError, SessionGetter, SQLiteStore, TransportError
 from atproto_session._terms import Times
+from atproto_session.locks import FileLocks
 
 from ..core import DID, OTHER_KEY, QUICK, FakeAuthority, Gate, Worker, expired_session, make_tokens, wait_until
 
 DARK = 300
+#: With a salt of zeros, these share the lock of ``DID``.
+AIMED = [f"did:plc:{number:024}" for number in (1225298, 1749671, 3425788, 4204858)]
 
 
 def session_of(did: str, pds: str, issuer: str = "https://issuer.example.com") -> Session:
     return expired_session(token_set=make_tokens(lifetime=-1.0, sub=did, aud=pds, iss=issuer), dpop_key=OTHER_KEY)
+
+
+def renewed(session: Session) -> Session:
+    return replace(session, token_set=make_tokens(2, sub=session.token_set.sub))
 
 
 def did_of(number: int) -> str:
@@ -39,6 +46,20 @@ def store(tmp_path: Path) -> Iterator[SQLiteStore]:
     store.close()
 
 
+def impatient(getter: SessionGetter, enough: threading.Event, refused: list[SessionError]) -> list[Worker]:
+    """Forty threads that try the accounts of the dark server in turn, all the time."""
+
+    def try_on(number: int) -> None:
+        while not enough.is_set():
+            try:
+                getter.get_session(did_of(number), timeout=0.05)
+            except SessionError as error:
+                refused.append(error)
+            number = (number + 40) % DARK
+
+    return [Worker(lambda number=number: try_on(number)) for number in range(40)]  # type: ignore[misc]
+
+
 @pytest.mark.timeout(120)
 def test_a_dark_server_keeps_no_account_of_another_waiting(store: SQLiteStore) -> None:
     """Three hundred accounts of it try all the time, with many more threads than may be of use."""
@@ -50,15 +71,7 @@ def test_a_dark_server_keeps_no_account_of_another_waiting(store: SQLiteStore) -
     refused: list[SessionError] = []
     enough = threading.Event()
 
-    def try_on(number: int) -> None:
-        while not enough.is_set():
-            try:
-                getter.get_session(did_of(number), timeout=0.05)
-            except SessionError as error:
-                refused.append(error)
-            number = (number + 40) % DARK
-
-    impatient = [Worker(lambda number=number: try_on(number)) for number in range(40)]  # type: ignore[misc]
+    crowd = impatient(getter, enough, refused)
     dark.wait_until_reached()
     wait_until(lambda: len(refused) > 200)
     began = time.monotonic()
@@ -69,10 +82,73 @@ def test_a_dark_server_keeps_no_account_of_another_waiting(store: SQLiteStore) -
     assert {type(error) for error in refused} <= {LockTimeoutError, SessionError}
     enough.set()
     dark.open()
-    for each in impatient:
+    for each in crowd:
         each.outcome()
     getter.close()
     assert took < 30.0, "the timeout of a caller; in fact, milliseconds"
+
+
+@pytest.mark.timeout(120)
+def test_a_healthy_account_is_refreshed_while_a_dark_server_and_accounts_that_aim_at_its_lock_try(
+    store: SQLiteStore, tmp_path: Path
+) -> None:
+    """Those that aim know everything but the secret of this directory: under the salt that they have in mind they share
+    the lock of the healthy account. They hold their locks as long as they can: their servers do not answer."""
+    locks = store.locks
+    assert isinstance(locks, FileLocks)
+    imagined = bytes(len(locks._salts.read().value))
+    assert {locks._path_of(name, imagined) for name in AIMED} == {locks._path_of(DID, imagined)}
+    authority, dark, mute = FakeAuthority(), Gate(), Gate()
+    holding: list[str] = []
+
+    def answer(session: Session) -> Session:
+        if session.token_set.sub in AIMED:
+            holding.append(session.token_set.sub)
+            mute()
+        return renewed(session)
+
+    authority.on_prepare = lambda session: dark() if session.token_set.aud == "https://dark.example.com" else None
+    authority.on_send = answer
+    getter = SessionGetter(store, authority, times=QUICK)
+    for number in range(DARK):
+        store.set(did_of(number), session_of(did_of(number), "https://dark.example.com"))
+    for number, did in enumerate(AIMED):
+        server = f"https://mute-{number}.example.com"
+        store.set(did, session_of(did, server, server))
+    refused: list[SessionError] = []
+    enough = threading.Event()
+    crowd = impatient(getter, enough, refused)
+    aiming = [Worker(lambda did=did: getter.get_session(did)) for did in AIMED]  # type: ignore[misc]
+    dark.wait_until_reached()
+    wait_until(lambda: len(holding) == len(AIMED) and len(refused) > 200)
+    assert getter.get_session(DID).token_set.access_token == "access-2"
+    assert not any(worker.result or worker.error for worker in aiming), "they hold their locks all the time"
+    enough.set()
+    dark.open()
+    mute.open()
+    for each in (*crowd, *aiming):
+        each.outcome()
+    getter.close()
+
+
+def test_what_an_account_does_under_its_lock_is_no_more_than_the_request(store: SQLiteStore, tmp_path: Path) -> None:
+    """Here all accounts share one lock, as if somebody knew the secret. Who looks for a dark server holds none."""
+    authority, dark = FakeAuthority(), Gate()
+    authority.on_prepare = lambda session: dark() if session.token_set.aud != "https://pds.example.com" else None
+    authority.on_send = renewed
+    getter = SessionGetter(store, authority, locks=FileLocks(tmp_path / "one", stripes=1), times=QUICK)
+    for number, did in enumerate(AIMED):
+        server = f"https://dark-{number}.example.com"
+        store.set(did, session_of(did, server, server))
+    aiming = [Worker(lambda did=did: getter.get_session(did)) for did in AIMED]  # type: ignore[misc]
+    dark.wait_until_reached()
+    wait_until(lambda: len(getter._flights._all) == len(AIMED))
+    assert getter.get_session(DID).token_set.access_token == "access-2"
+    assert not any(worker.result or worker.error for worker in aiming)
+    dark.open()
+    for each in aiming:
+        each.outcome()
+    getter.close()
 
 
 def test_a_caller_in_a_hurry_gets_its_session_refreshed(store: SQLiteStore) -> None:
