@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,8 +40,9 @@ from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
 from ..core import RESTLESS, Worker
-from ..processes import in_child
+from ..processes import ROOT, in_child
 from ..scenes import GET_SESSION
+from .examples import EXAMPLES
 
 HERE = "http://127.0.0.1:5000"
 PUBLIC = "https://app.example.com"
@@ -863,3 +866,53 @@ def test_flask_wtf_has_its_say(network: LocalNetwork, account: Account) -> None:
     assert visitor.post("/atproto/logout", csrf_token=token(visitor.get("/out").text)).status_code == 303
     assert visitor.get("/members").status_code == 303
     client_of(app).close()
+
+
+@pytest.fixture
+def members(network: LocalNetwork) -> Iterator[Flask]:
+    """The application of ``docs/examples/flask_members.py``, whose only member is Alice."""
+    create_app = runpy.run_path(str(EXAMPLES / "flask_members.py"))["create_app"]
+    app = create_app(SECRET_KEY="for tests", ATPROTO_STORE="memory:", ATPROTO_OPTIONS=network.client_options())
+    yield app
+    client_of(app).close()
+
+
+def test_flask_login_knows_who_is_logged_in(members: Flask, network: LocalNetwork, account: Account) -> None:
+    members.config["MEMBERS"] = [account.did]
+    visitor = Visitor(members, network)
+    asked = visitor.get("/?a=b").location
+    assert urlsplit(asked).path == "/atproto/login"
+    (target,) = parse_qs(urlsplit(asked).query)["next"]
+    assert visitor.log_in(account, target).location == "/?a=b"
+    assert visitor.get("/").text == f"Hello {account.did}"
+    copied = visitor.with_cookie(visitor.cookie())
+    visitor.post("/atproto/logout")
+    assert visitor.get("/").status_code == 302
+    assert copied.get("/").status_code == 302
+
+
+def test_flask_login_knows_whose_session_is_over(members: Flask, network: LocalNetwork, account: Account) -> None:
+    members.config["MEMBERS"] = [account.did]
+    members.add_url_rule("/data", view_func=lambda: dict(current_account.session.get(GET_SESSION).json()))
+    visitor = Visitor(members, network)
+    visitor.log_in(account)
+    network.revoke_sessions(account.did)
+    assert visitor.get("/data").status_code == 303
+    assert visitor.get("/").status_code == 302
+
+
+def test_only_members_log_in(members: Flask, network: LocalNetwork, account: Account) -> None:
+    members.config["MEMBERS"] = []
+    visitor = Visitor(members, network)
+    assert visitor.come_back(network.authorize(visitor.begin(account), account)).status_code == 403
+    assert visitor.get("/").status_code == 302
+
+
+def test_a_log_in_takes_ten_lines() -> None:
+    """The tutorial counts them."""
+    hello = (EXAMPLES / "flask_hello.py").read_text(encoding="utf-8")
+    tutorial = (ROOT / "docs" / "flask.rst").read_text(encoding="utf-8")
+    shown = textwrap.indent(f"# docs/examples/flask_hello.py\n{hello}", "    ")
+    assert shown in tutorial, "all of it"
+    assert len([line for line in hello.splitlines() if line.strip()]) == 9
+    assert "It has nine lines, without the empty ones:" in tutorial

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flask.cli import ScriptInfo
 
+from atproto_session.contrib.flask import ATProto
 from atproto_session.testing.network import Account, LocalNetwork
 
 from ..browser import Chromium, served
-from .examples import flask_example
+from .examples import EXAMPLES, flask_example
 
 
 class Site:
@@ -64,6 +68,29 @@ def test_a_person_logs_in_sees_data_and_logs_out(site: Site, chromium: Chromium,
     assert site.network.revocations == 1
     chromium.open(f"{site.origin}/account")
     chromium.wait_for_url(f"{site.origin}/atproto/login?next=/account")
+
+
+def test_the_first_lines_of_the_tutorial(
+    network: LocalNetwork, chromium: Chromium, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``flask --app hello run``, in a folder with ``hello.py`` alone."""
+    shutil.copy(EXAMPLES / "flask_hello.py", tmp_path / "hello.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    app = ScriptInfo("hello").load_app()
+    app.config["ATPROTO_OPTIONS"] = network.client_options()  # the network of the tests
+    with served(app) as origin:
+        chromium.open(origin)
+        chromium.fill("account", account.handle)
+        chromium.press("Log in")
+        chromium.fill("password", account.password)
+        chromium.press("Approve")
+        chromium.wait_for("Hello alice.test")
+        assert chromium.url == f"{origin}/"
+    assert (tmp_path / "instance" / "atproto.db").exists()
+    with app.app_context():
+        ATProto().client.close()
+    del sys.modules["hello"]
 
 
 def test_a_person_refuses_and_changes_their_mind(site: Site, chromium: Chromium, account: Account) -> None:
