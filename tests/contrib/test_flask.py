@@ -746,6 +746,8 @@ def test_a_store_that_fails_is_no_log_out(visitor: Visitor, account: Account, mo
     visitor.log_in(account)
     with monkeypatch.context() as patch:
         patch.setattr(OAuthClient, "restore", broken)
+        patch.setattr(OAuthClient, "authorize", broken)
+        assert visitor.post("/atproto/login", account=account.handle).status_code == 500
         assert visitor.get("/members").status_code == 500
     assert visitor.get("/members").status_code == 200
 
