@@ -267,9 +267,7 @@ class SessionGetter:
         """
         return self._carry_out(sub, records.remove(sub, session, cause.about(sub)), None)
 
-    def _carry_out(
-        self, sub: str, protocol: Protocol[T], timeout: float | None, *, orphan: Session | None = None
-    ) -> T:
+    def _carry_out(self, sub: str, protocol: Protocol[T], timeout: float | None, *, orphan: Session | None = None) -> T:
         """
         :param orphan: a session that there is no way to come to again, if ``protocol`` cannot be begun.
         """

@@ -1,1 +1,1 @@
-"""What joins the library to others. Each module needs the extra of its name, and none is imported by ``import atproto_session``."""
+"""What joins the library to others. Each module needs the extra of its name; the library itself imports none."""
