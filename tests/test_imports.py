@@ -31,7 +31,7 @@ FLOORS = [
     ["server", "oauth_session", "_warm"],
     ["_login"],
     ["client"],
-    ["testing"],
+    ["testing", "contrib"],
     ["demo"],
     ["_commands"],
     ["cli"],
@@ -87,6 +87,7 @@ def test_the_package_imports_no_extra_and_no_test_tool() -> None:
     code = (
         "import sys, atproto_session\n"
         "extras = {'redis', 'sqlalchemy', 'django', 'flask', 'celery', 'click', 'rich', 'platformdirs', 'pytest'}\n"
+        "extras |= {'httpx', 'atproto'}\n"
         "print(sorted(extras & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""What joins the library to others. Each module needs the extra of its name."""
