@@ -44,6 +44,8 @@ class Request(atproto.Request):  # type: ignore[misc]
 
     def post(self, *args: Any, **options: Any) -> Any:
         """As in the SDK."""
+        if isinstance(options.get("data"), bytes):  # which httpx wants to have another name
+            options["content"] = options.pop("data")
         with _errors_of_the_sdk():
             return super().post(*args, **options)
 
