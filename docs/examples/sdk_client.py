@@ -15,41 +15,41 @@ from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.contrib.sdk import Client
 
 
-def write(client: Client) -> Any:
+def write(sdk: Client) -> Any:
     text = client_utils.TextBuilder().text("Written over ").link("OAuth", "https://atproto.com/specs/oauth")
-    return client.send_post(text)
+    return sdk.send_post(text)
 
 
-def show(client: Client, picture: bytes) -> Any:
-    return client.send_image("A picture", image=picture, image_alt="What is in it")
+def show(sdk: Client, picture: bytes) -> Any:
+    return sdk.send_image("A picture", image=picture, image_alt="What is in it")
 
 
-def like_and_take_it_back(client: Client, post: Any) -> None:
-    like = client.like(post.uri, post.cid)
-    client.unlike(like.uri)
+def like_and_take_it_back(sdk: Client, post: Any) -> None:
+    like = sdk.like(post.uri, post.cid)
+    sdk.unlike(like.uri)
 
 
-def introduce(client: Client, description: str) -> Any:
+def introduce(sdk: Client, description: str) -> Any:
     """Change one thing in the profile and leave the rest."""
-    where = {"repo": client.me.did, "collection": models.ids.AppBskyActorProfile, "rkey": "self"}
+    where = {"repo": sdk.me.did, "collection": models.ids.AppBskyActorProfile, "rkey": "self"}
     try:
-        found = client.com.atproto.repo.get_record(where)
+        found = sdk.com.atproto.repo.get_record(where)
     except exceptions.BadRequestError:  # there is none yet
         profile, cid = models.AppBskyActorProfile.Record(), None
     else:
         profile, cid = found.value, found.cid
     profile.description = description
-    return client.com.atproto.repo.put_record({**where, "record": profile, "swap_record": cid})
+    return sdk.com.atproto.repo.put_record({**where, "record": profile, "swap_record": cid})
 
 
 def main(did: str, picture: str, **options: Any) -> None:
     options = {"store": "sqlite:///sessions.db", **options}
     with OAuthClient(ClientMetadata.loopback(scope="atproto transition:generic"), **options) as oauth:
-        client = Client(oauth.restore(did))
-        post = write(client)
-        like_and_take_it_back(client, post)
-        print(post.uri, "and", show(client, Path(picture).read_bytes()).uri)
-        introduce(client, "I log in with OAuth.")
+        sdk = Client(oauth.restore(did))
+        post = write(sdk)
+        like_and_take_it_back(sdk, post)
+        print(post.uri, "and", show(sdk, Path(picture).read_bytes()).uri)
+        introduce(sdk, "I log in with OAuth.")
 
 
 if __name__ == "__main__":
