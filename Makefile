@@ -1,7 +1,7 @@
 # `make` alone lists what can be made. Everything runs in a virtual environment that make sets up itself.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 # The core: floors 0 to 3, which does no network.
 comma := ,

@@ -71,5 +71,5 @@ def test_the_site_is_whole(site: Path) -> None:
     assert "example-script-py" in pages[site / "examples.html"].ids
     assert "theme-toggle" in pages[site / "index.html"].text
     listed = pages[site / "index.html"]
-    for page in (ROOT / "docs").glob("*.rst"):
-        assert page.stem == "index" or f"{page.stem}.html" in listed.links
+    for document in (ROOT / "docs").glob("*.rst"):
+        assert document.stem == "index" or f"{document.stem}.html" in listed.links
