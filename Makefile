@@ -1,7 +1,7 @@
 # `make` alone lists what can be made. Everything runs in a virtual environment that make sets up itself.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 # The core: floors 0 to 3, which does no network.
 comma := ,
@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py permissions.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint model soak fuzz bench clean
+.PHONY: help demo test lint docs dist lowest pythons model soak fuzz bench clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -38,6 +38,21 @@ lint: $(VENV)/.made  ## mypy --strict and ruff
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+docs: $(VENV)/.made  ## the documents as a site, in build/docs
+	$(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going docs build/docs
+	@echo "build/docs/index.html"
+
+dist: $(VENV)/.made  ## the source distribution and the wheel, in dist, and whether they can be published
+	rm -rf build/lib dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
+lowest: $(VENV)/.made  ## the tests of the SDK, of httpx and of requests, with the lowest versions that setup.cfg allows
+	$(BIN)/python -m tests.versions lowest
+
+pythons: $(VENV)/.made  ## the tests with each later Python that is on this machine
+	$(BIN)/python -m tests.versions pythons
 
 model: $(VENV)/.made  ## every order of events of a refresh, with two and with three workers
 	$(BIN)/python -m tests.model

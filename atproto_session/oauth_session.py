@@ -286,7 +286,9 @@ class AccountAuth(AuthBase):
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if not isinstance(request, requests.PreparedRequest):
-            raise TypeError(f"client.auth() is for requests, not for {type(request).__module__.partition('.')[0]}")
+            library = type(request).__module__.partition(".")[0]
+            instead = "; use atproto_session.contrib.httpx" if library == "httpx" else ""
+            raise TypeError(f"client.auth() is for requests, not for {library}{instead}")
         flow = self._signer.flow(request)
         signed: requests.PreparedRequest | None = next(flow)
         while signed is not None and signed is not request:  # a nonce is fetched first, over the client's connections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -12,23 +13,29 @@ import json
 import os
 import re
 import runpy
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from atproto import exceptions  # type: ignore[import-untyped]
 
 import atproto_session
 from atproto_session import ClientMetadata, Keyset, OAuthClient, OAuthSession, SessionError
 from atproto_session._fork import ForkAware
 from atproto_session.keys import generate_jwk
+from atproto_session.session import to_document
 from atproto_session.stores import FullStore
-from atproto_session.testing.network import Account, LocalNetwork
+from atproto_session.testing.network import Account, LocalNetwork, Response
+
+from .scenes import GET_SESSION
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -36,6 +43,8 @@ EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 DOCUMENTS = [*(ROOT / f"{name}.rst" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted(DOCS.glob("*.rst"))]
 
 CODE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)
+#: Code of a program as it was before it used this library. It is not run, since it logs in with a password.
+BEFORE = re.compile(r"^( *)\.\. code-block:: python\n\1   :class: before\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)
 LITERAL = re.compile(r"``(.+?)``", re.DOTALL)
 LINK = re.compile(r"`[^`<]+\s<([^`>]+)>`__")
 TABLE = re.compile(r"^(=+(?: +=+)+)\n(?:.+\n)+\1$", re.MULTILINE)
@@ -47,16 +56,22 @@ def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def blocks(document: Path) -> list[tuple[int, str]]:
+def blocks(document: Path, kind: re.Pattern[str] = CODE) -> list[tuple[int, str]]:
     """The Python code in a document, each piece with the number of its first line."""
     text = document.read_text(encoding="utf-8")
     return [
         (text.count("\n", 0, match.start(2)) + 1, textwrap.dedent(match.group(2)).strip("\n") + "\n")
-        for match in CODE.finditer(text)
+        for match in kind.finditer(text)
     ]
 
 
 # Code
+
+#: The table of the cookbook's application.
+COOKBOOK = """
+    CREATE TABLE IF NOT EXISTS oauth_session (did TEXT PRIMARY KEY, handle, pds_url, authserver_iss, access_token,
+    refresh_token, dpop_authserver_nonce, dpop_pds_nonce, dpop_private_jwk)
+"""
 
 
 class Stage:
@@ -74,7 +89,7 @@ class Stage:
 
         class LocalClient(OAuthClient):
             def __init__(self, metadata: ClientMetadata, **options: Any) -> None:
-                super().__init__(metadata, **stage.network.client_options(), **options)
+                super().__init__(metadata, **stage.network.client_options() | options)
                 stage.clients.append(self)
                 if not self.metadata.is_loopback:
                     stage.network.publish(self.metadata.client_id, self.metadata_document())
@@ -92,7 +107,20 @@ class Stage:
         client.authorize(self.account.did)
         session = client.callback(self.browse()).session
         client.authorize(self.account.did)
+        self.export(session.did, client)
         return {"client": client, "session": session, "did": session.did, "params": self.browse()}
+
+    def export(self, did: str, client: OAuthClient) -> None:
+        """Write the session as other programs store it."""
+        stored = client.sessions.get_session(did, False)
+        Path("sessions.json").write_text(json.dumps({did: to_document(did, replace(stored, client_id=None))}))
+        tokens = stored.token_set
+        with contextlib.closing(sqlite3.connect("demo.sqlite")) as database, database:
+            database.execute(COOKBOOK)
+            row = (did, tokens.aud, tokens.iss, tokens.access_token, tokens.refresh_token, json.dumps(stored.dpop_key))
+            database.execute(
+                "INSERT OR REPLACE INTO oauth_session VALUES (?, 'reader.test', ?, ?, ?, ?, '', '', ?)", row
+            )
 
     def browse(self, prompt: str = "") -> str:
         """The address that the browser ends at."""
@@ -125,6 +153,9 @@ def test_the_code_in_it_runs_or_is_from_an_example(
 ) -> None:
     reader = stage.client_class()(ClientMetadata.loopback(scope="atproto transition:generic"), store="memory:")
     names = stage.log_in(reader)
+    if document.name == "README.rst":
+        posted = Response.of_json({"uri": "at://post"}).with_headers(DPoP_Nonce="any")
+        stage.network.fault("resource", "custom", respond=lambda request: posted)
     for line, code in blocks(document):
         first, _, rest = code.partition("\n")
         if first.startswith("# docs/examples/"):
@@ -138,12 +169,50 @@ def test_the_code_in_it_runs_or_is_from_an_example(
         if names["client"] is not reader:
             reader = names["client"]
             names |= stage.log_in(reader)
-    if document.name == "README.rst":
-        assert "'handle': 'reader.test'" in capsys.readouterr().out
-        handle_of: Callable[[str], str | None] = names["handle_of"]
-        assert handle_of(stage.account.did) == "reader.test"
-        reader.revoke(stage.account.did)
-        assert handle_of(stage.account.did) is None
+    if check := CHECKS.get(document.name):
+        check(stage, names, capsys.readouterr().out)
+
+
+def check_readme(stage: Stage, names: dict[str, Any], out: str) -> None:
+    assert out.splitlines()[-1].startswith("at://")
+
+
+def check_errors(stage: Stage, names: dict[str, Any], out: str) -> None:
+    handle_of: Callable[[str], str | None] = names["handle_of"]
+    assert handle_of(stage.account.did) == "reader.test"
+    names["client"].revoke(stage.account.did)
+    assert handle_of(stage.account.did) is None
+
+
+def check_sdk(stage: Stage, names: dict[str, Any], out: str) -> None:
+    assert out.split() == ["reader.test"] * 4
+
+
+def check_move(stage: Stage, names: dict[str, Any], out: str) -> None:
+    """The session is used from where it was brought to."""
+    metadata = ClientMetadata.loopback(scope="atproto transition:generic")
+    with stage.client_class()(metadata, store="sqlite:///sessions.db") as moved:
+        assert moved.restore(stage.account.did).get(GET_SESSION).json()["handle"] == "reader.test"
+    with contextlib.closing(names["store"]):
+        assert list(names["store"]) == [stage.account.did]
+
+
+CHECKS = {
+    "README.rst": check_readme,
+    "errors.rst": check_errors,
+    "sdk.rst": check_sdk,
+    "from_authlib.rst": check_move,
+    "from_oauth_client_node.rst": check_move,
+}
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, BEFORE)], ids=named)
+def test_code_from_before_is_code_and_imports_what_exists(document: Path) -> None:
+    for line, code in blocks(document, BEFORE):
+        tree = ast.parse(code, f"{document}:{line}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([node], []), str(document), "exec"), {})
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=named)
@@ -242,8 +311,13 @@ def test_names_exist(document: Path, client: OAuthClient, session: OAuthSession)
     assert wrong == []
 
 
+#: Errors of Node.js and of Authlib, in the documents for those who come from there.
+ELSEWHERE = {"OAuthResolverError", "OAuthError"}
+
+
 def test_errors_that_are_named_exist() -> None:
     known = {name for name in vars(builtins) if name.endswith("Error")} | set(atproto_session.__all__)
+    known |= set(vars(exceptions)) | ELSEWHERE
     for document in DOCUMENTS:
         mentioned = re.findall(r"``(\w+Error)``", document.read_text(encoding="utf-8"))
         assert set(mentioned) <= known, named(document)
@@ -252,6 +326,38 @@ def test_errors_that_are_named_exist() -> None:
 def test_the_reference_lists_every_public_name() -> None:
     terms = TERM.findall((DOCS / "reference.rst").read_text(encoding="utf-8"))
     assert sorted(terms) == atproto_session.__all__
+
+
+def test_the_api_has_every_public_name() -> None:
+    named = re.findall(
+        r"^\.\. auto(class|exception|function):: (\w+)$", (DOCS / "api.rst").read_text("utf-8"), re.MULTILINE
+    )
+    assert sorted(name for _, name in named) == atproto_session.__all__
+    kinds = {
+        name: "function" if inspect.isfunction(thing) else "exception" if issubclass(thing, Exception) else "class"
+        for name in atproto_session.__all__
+        for thing in [getattr(atproto_session, name)]
+    }
+    assert {name: kind for kind, name in named} == kinds
+
+
+def test_the_table_of_errors_is_that_of_the_code() -> None:
+    """What it says to do is what the error answers."""
+    (table,) = [match.group() for match in TABLE.finditer((DOCS / "errors.rst").read_text(encoding="utf-8"))]
+    column = table.splitlines()[1].index("What to do")
+    actions: dict[str, str] = {}
+    for row in table.splitlines()[3:-1]:
+        if match := re.match(r"``(\w+)``", row):
+            actions[error := match.group(1)] = ""
+        actions[error] += f" {row[column:].strip()}"
+    kinds = {name: getattr(atproto_session, name) for name in atproto_session.__all__ if name.endswith("Error")}
+    kinds.pop("SessionError")
+    assert actions.keys() == kinds.keys()
+    for name, kind in kinds.items():
+        action = actions[name].strip()
+        assert (action == "log in") == kind.login_required, name
+        assert (action == "try again") == (kind.retryable and name != "TransportError"), name
+        assert not (kind.login_required and kind.retryable), name
 
 
 def public_members() -> Iterator[Any]:

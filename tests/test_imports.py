@@ -87,7 +87,7 @@ def test_the_package_imports_no_extra_and_no_test_tool() -> None:
     code = (
         "import sys, atproto_session\n"
         "extras = {'redis', 'sqlalchemy', 'psycopg', 'pymysql', 'django', 'flask', 'celery'}\n"
-        "extras |= {'click', 'rich', 'platformdirs', 'pytest'}\n"
+        "extras |= {'click', 'rich', 'platformdirs', 'pytest', 'httpx', 'atproto'}\n"
         "print(sorted(extras & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
