@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from json import dumps
@@ -49,7 +49,12 @@ class Service:
     def run(self, *command: str, environment: dict[str, str]) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], env=environment, cwd=ROOT, stdout=log, stderr=log
+                [sys.executable, "-m", *command],
+                env=environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def send_signal(self, name: str) -> None:
@@ -69,9 +74,10 @@ class Service:
             raise AssertionError(f"it does not end:\n{self.log.read_text(errors='replace')[-3000:]}") from None
 
     def kill(self) -> None:
-        """End what is left of it."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+        """End what is left of it, the processes that it has started too."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
