@@ -354,7 +354,7 @@ class OAuthClient:
         :returns: a result for each session that was due and came to its turn, or cannot be read.
         :raises StoreError: the store cannot be walked; or, at the end, it has records whose key cannot be told.
         :raises TypeError: ``idle``, ``pace`` or ``timeout`` is not a number.
-        :raises ValueError: it is less than 0.
+        :raises ValueError: it is less than 0, or infinite.
         """
         return self._upkeep.keep_alive(idle=idle, pace=pace, timeout=timeout, cancel=cancel, on_result=on_result)
 

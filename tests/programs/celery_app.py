@@ -7,6 +7,7 @@ end, and ``ended`` with whether the session in question was refreshed, when the 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 from pathlib import Path
@@ -65,8 +66,16 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_enable_remote_control=False,
 )
-metadata = ClientMetadata.loopback(**scene.get("metadata", {}))
-client = OAuthClient(metadata, store=scene["store"], times=RESTLESS, **scene["options"])
+if scene.get("site"):
+    from flask import Flask
+
+    from atproto_session.contrib.flask import ATProto
+
+    site: Flask = importlib.import_module(scene["site"]).application
+    with site.app_context():
+        client = ATProto().client
+else:
+    client = OAuthClient(ClientMetadata.loopback(), store=scene["store"], times=RESTLESS, **scene["options"])
 add_keep_alive(app, client, schedule=scene["keep_alive_every"], idle=scene["idle"], pace=0)
 
 

@@ -12,7 +12,11 @@ from ..processes import ROOT
 
 scene: dict[str, Any] = json.loads(os.environ["SITE_SCENE"])
 create_app = runpy.run_path(str(ROOT / "docs" / "examples" / "flask_app.py"))["create_app"]
-application: Any = create_app(store=scene["store"], times=RESTLESS, **scene["options"])
+application: Any = create_app(
+    SECRET_KEY="a secret of the tests",
+    ATPROTO_STORE=scene["store"],
+    ATPROTO_OPTIONS={"times": RESTLESS, **scene["options"]},
+)
 
 
 @application.after_request  # type: ignore[untyped-decorator]
