@@ -7,7 +7,7 @@ BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 comma := ,
 empty :=
 CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
-    errors.py _fork.py _urls.py _worker.py permissions.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
+    errors.py _fork.py _urls.py _worker.py permissions.py _checks.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
 .PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench extras clean

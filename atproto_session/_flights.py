@@ -8,7 +8,6 @@ goes on. Only ``cancel`` and the end of the program stop it, and only before it 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -333,21 +332,6 @@ class Flights(Generic[T]):
         # Exit handlers of the application's own are waited for, other threads are not.
         if is_ending() and threading.current_thread() is not threading.main_thread():
             raise SessionError(f"nothing is done for {printable(key)} any more: the program is ending", retryable=True)
-
-
-def seconds(timeout: float | None, default: float) -> float:
-    """How long a caller waits, who said ``timeout``.
-
-    :raises TypeError: that is no number.
-    :raises ValueError: that is not a number (NaN).
-    """
-    if timeout is None:
-        return default
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-        raise TypeError(f"timeout is a number of seconds, or None, not {type(timeout).__name__}")
-    if math.isnan(timeout):
-        raise ValueError("timeout is a number of seconds, not NaN")
-    return max(0.0, timeout)
 
 
 def _flights_here() -> tuple[Flight[Any], ...]:

@@ -275,8 +275,8 @@ def _params_of(params: Mapping[str, Any] | str) -> dict[str, str]:
         ]
     else:
         raise TypeError(
-            f"callback() takes the parameters of the request as a mapping, or its URL as a string; not "
-            f"{type(params).__name__}"
+            f"params is what the browser brought back: the parameters of the request as a mapping, or its URL as a "
+            f"string; not {type(params).__name__}"
         )
     given: dict[str, str] = {}
     for name, value in pairs:

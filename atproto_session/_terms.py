@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ._checks import check_seconds
 from .locks import LockKind
 from .session import Freshness, Session, TokenSet
 
@@ -24,6 +25,8 @@ class Times:
     :ivar first_rest: how long a server is left alone after a failure; twice as long after each further one.
     :ivar longest_rest: the longest such rest, and the longest that a server's error (5xx) may ask for.
     :ivar longest_rest_asked: the longest that a server may ask for with 429 (``Retry-After``).
+    :raises TypeError: one of them is no number.
+    :raises ValueError: one of them is less than 0.
     """
 
     window: float = 15.0
@@ -36,6 +39,9 @@ class Times:
     first_rest: float = 1.0
     longest_rest: float = 60.0
     longest_rest_asked: float = 3600.0
+
+    def __post_init__(self) -> None:
+        check_seconds(**vars(self))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ._flights import Flight, Flights, seconds
+from ._checks import (
+    check_flags,
+    check_functions,
+    check_methods,
+    check_seconds,
+    check_texts,
+    refuse_to_pickle,
+    seconds,
+)
+from ._flights import Flight, Flights
 from .errors import CancelledError, LockTimeoutError, SessionError, StoreError, printable
 from .locks import Locks, ThreadLocks
 
@@ -55,7 +64,10 @@ class CachedGetter(Generic[V]):
     :param timeout: how long a caller waits by default, in seconds.
     :param share_failures: the error of a failed fetch reaches all who waited for it. Without it, the others try for
         themselves, one after the other. The end of the program does not wait for such a fetch.
+    :raises TypeError: an argument is of another kind than it has to be; the message names it.
     """
+
+    __reduce__ = refuse_to_pickle("a CachedGetter", "make one in each process")
 
     def __init__(
         self,
@@ -69,6 +81,15 @@ class CachedGetter(Generic[V]):
         timeout: float = 30.0,
         share_failures: bool = False,
     ) -> None:
+        check_functions(getter=getter)
+        check_methods("store", store, ("get", "set", "delete"), "a store, such as MemoryStore()")
+        if locks is not None:
+            check_methods("locks", locks, ("hold",), "a set of locks, such as ThreadLocks()")
+        check_functions(
+            is_stale=is_stale, on_store_error=on_store_error, delete_on_error=delete_on_error, optional=True
+        )
+        check_seconds(timeout=timeout)
+        check_flags(share_failures=share_failures)
         self._cache = store
         if locks is None:
             locks = getattr(store, "locks", None)
@@ -104,11 +125,15 @@ class CachedGetter(Generic[V]):
         def is_good(value: V | None) -> bool:
             return value is not None and not no_cache and (allow_stale or not self._is_stale(key, value))
 
+        check_texts(key=key)
+        check_flags(no_cache=no_cache, allow_stale=allow_stale)
+        if cancel is not None:
+            check_methods("cancel", cancel, ("is_set", "wait"), "a threading.Event")
+        deadline = time.monotonic() + seconds(timeout, self._timeout)
         stored = self._cache.get(key)
         if is_good(stored):
             return stored  # type: ignore[return-value]  # a good value is a V
         options = GetOptions(no_cache, allow_stale, timeout, cancel)
-        deadline = time.monotonic() + seconds(timeout, self._timeout)
 
         def work(flight: Flight[V]) -> V:
             with self._lock(flight, deadline):

@@ -12,7 +12,16 @@ from requests.auth import AuthBase
 from urllib3.util import Retry
 
 from ._adapter import HardenedAdapter
-from ._flights import Flight, Flights, seconds
+from ._checks import (
+    check_flags,
+    check_functions,
+    check_kind,
+    check_seconds,
+    check_texts,
+    refuse_to_pickle,
+    seconds,
+)
+from ._flights import Flight, Flights
 from ._login import LoginFlow
 from ._records import log
 from ._signer import Refusals, Signer
@@ -84,7 +93,7 @@ class OAuthClient:
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises SessionError: gevent was told to patch the standard library after this package was imported.
     :raises StoreError: the store cannot be used.
-    :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
+    :raises TypeError: an argument is of another kind than it has to be; the message names it.
     :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
     """
 
@@ -112,11 +121,15 @@ class OAuthClient:
     ) -> None:
         check_not_patched_late()
         warm_up()
+        check_kind("metadata", metadata, ClientMetadata, "a ClientMetadata, such as ClientMetadata.loopback()")
+        check_kind("keyset", keyset, Keyset, "a Keyset, such as Keyset.from_env(...)", optional=True)
+        check_flags(allow_plaintext=allow_plaintext, allow_http=allow_http, strict=strict)
+        check_seconds(timeout=timeout)
+        check_functions(on_session_updated=on_session_updated, on_session_deleted=on_session_deleted, optional=True)
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
             raise StoreError("encryption_keys go with a store that is given as a URL; give them to the store itself")
-        if retries is not None and not isinstance(retries, Retry | int):
-            raise TypeError(f"retries is a urllib3.util.Retry or a number of tries, not {type(retries).__name__}")
+        check_kind("retries", retries, (Retry, int), "a urllib3.util.Retry or a number of tries", optional=True)
         self.metadata = metadata
         self._keyset = keyset
         self._owns_store = isinstance(store, str)
@@ -223,9 +236,11 @@ class OAuthClient:
             "display": display,
             "login_hint": login_hint,
         }
-        _check_texts(account=account)
-        given = {"state": state, "bound_to": bound_to, **options}
-        _check_texts(**{name: value for name, value in given.items() if value is not None})
+        check_texts(account=account)
+        check_texts(state=state, bound_to=bound_to, **options, optional=True)
+        for name, value in options.items():
+            if not (value or "").isprintable():
+                raise ValueError(f"{name} has characters that cannot be sent")
         return self._within(timeout, "the log-in", lambda flight: self._logins.begin(account, options, state, bound_to))
 
     def callback(
@@ -253,9 +268,10 @@ class OAuthClient:
             error is ``retryable``, nothing was spent, and the same call may succeed.
         """
         _check_session_id(session_id)
-        secrets = None if bound_to is None else [bound_to] if isinstance(bound_to, str) else list(bound_to)
+        secrets = [bound_to] if isinstance(bound_to, str) else bound_to
+        check_kind("bound_to", secrets, Collection, "a string, or several", optional=True)
         for secret in secrets or ():
-            _check_texts(bound_to=secret)
+            check_texts(bound_to=secret)
 
         def work(flight: Flight[CallbackResult]) -> CallbackResult:
             session, login = self._logins.end(params, secrets, flight)
@@ -384,6 +400,8 @@ class OAuthClient:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    __reduce__ = refuse_to_pickle("an OAuthClient", "make one in each process, and send the account's DID")
+
     # What a web application serves
 
     def metadata_document(self) -> dict[str, Any]:
@@ -402,17 +420,13 @@ class OAuthClient:
 
 
 def _key_of(did: str, session_id: str | None) -> str:
+    check_texts(did=did)
     check_did(did)
     _check_session_id(session_id)
     return did if session_id is None else f"{did}#{session_id}"
 
 
 def _check_session_id(session_id: str | None) -> None:
+    check_texts(session_id=session_id, optional=True)
     if session_id is not None and not (session_id.isprintable() and 0 < len(session_id) <= 256):
         raise ValueError("a session_id is 1 to 256 printable characters")
-
-
-def _check_texts(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, str):
-            raise TypeError(f"{name} is a string, not {type(value).__name__}")

@@ -103,6 +103,11 @@ class Keyset:
     """
 
     def __init__(self, keys: Iterable[Mapping[str, Any]]) -> None:
+        if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
+            raise _wrong(
+                f"keys is a list of private JWKs, not {type(keys).__name__}; Keyset.from_jwks() reads a JWKS, and "
+                "Keyset.from_pem() PEM text"
+            )
         self._private: dict[str, ec.EllipticCurvePrivateKey] = {}
         self._public: dict[str, dict[str, str]] = {}
         for number, jwk in enumerate(keys, start=1):
@@ -126,7 +131,9 @@ class Keyset:
     @classmethod
     def generate(cls, n: int = 1) -> Self:
         """A keyset of ``n`` new keys. They exist in memory only: sessions made with them end with the process."""
-        return cls(generate_jwk() for _ in range(n))
+        if not isinstance(n, int):
+            raise _wrong(f"n is how many keys to make, a number, not {type(n).__name__}")
+        return cls([generate_jwk() for _ in range(n)])
 
     @classmethod
     def of(cls, keys: str | bytes | Mapping[str, Any] | Iterable[str | bytes | Mapping[str, Any]]) -> Self:
@@ -141,7 +148,7 @@ class Keyset:
     @classmethod
     def from_jwks(cls, jwks: str | bytes | Mapping[str, Any]) -> Self:
         """The keys of a JWKS (``{"keys": [...]}``) or the one in a JWK, as a mapping or as JSON text."""
-        return cls(_keys_of(jwks if isinstance(jwks, Mapping) else _parse_json(_to_text(jwks))))
+        return cls(_keys_of(jwks if isinstance(jwks, Mapping) else _parse_json(_to_text(jwks, "jwks"))))
 
     @classmethod
     def from_pem(cls, pem: str | bytes, kid: str | None = None, password: str | bytes | None = None) -> Self:
@@ -150,7 +157,9 @@ class Keyset:
         :param kid: the key's id; only where there is one key.
         :param password: opens encrypted keys.
         """
-        keys = _parse_pem(_to_text(pem), password)
+        if not isinstance(kid, str | None):
+            raise _wrong(f"kid is a string, not {type(kid).__name__}")
+        keys = _parse_pem(_to_text(pem, "pem"), password)
         if kid is not None:
             if len(keys) != 1:
                 raise _wrong("kid names one key, but the PEM text holds several; make a keyset of JWKs instead")
@@ -161,7 +170,9 @@ class Keyset:
     def from_env(cls, name: str) -> Self:
         """The keys in the environment variable ``name``, read now: a JWKS, a JWK, or PEM text (unencrypted; its line
         ends may be written as ``\\n``)."""
-        text = os.environ.get(name, "")
+        if not isinstance(name, str):
+            raise _wrong(f"name is that of an environment variable, a string, not {type(name).__name__}")
+        text = os.environ.get(name, "") if name.isprintable() else ""
         if not text.strip():
             raise _wrong(f"the environment variable {printable(name)} is not set or empty")
         with _naming(f"the environment variable {printable(name)}"):
@@ -175,12 +186,17 @@ class Keyset:
         """
         keys: list[Mapping[str, Any]] = []
         for path in paths:
-            with _naming(f"the file {printable(os.fspath(path))}"):
+            if not isinstance(path, str | bytes | os.PathLike):
+                raise _wrong(f"the paths of keys are strings or pathlib.Path, not {type(path).__name__}")
+            path = os.fsdecode(path)  # noqa: PLW2901 - the same, as text
+            if path.startswith("~"):
+                raise _wrong(f"the file {printable(path)}: only a shell replaces ~; os.path.expanduser() does it here")
+            with _naming(f"the file {printable(path)}"):
                 try:
                     content = Path(path).read_bytes()
                 except (OSError, ValueError) as error:
                     raise _wrong(f"it cannot be read ({type(error).__name__})") from None
-                found = _parse(_to_text(content))
+                found = _parse(_to_text(content, "the content"))
                 cls(found)
             keys += found
         return cls(keys)
@@ -197,6 +213,9 @@ class Keyset:
     def jwks(self) -> dict[str, list[dict[str, str]]]:
         """The JWKS to publish: the public part of every key, with ``kid``, ``alg`` and ``use``."""
         return {"keys": [dict(public) for public in self._public.values()]}
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Keyset cannot be pickled; have each process read the keys, as with Keyset.from_env()")
 
     def __len__(self) -> int:
         return len(self._private)
@@ -289,9 +308,11 @@ def _to_jwk(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
 # Text
 
 
-def _to_text(content: str | bytes) -> str:
+def _to_text(content: object, name: str) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, bytes | bytearray):
+        raise _wrong(f"{name} is text, not {type(content).__name__}")
     # Neither JSON nor PEM has a use for what this replaces, and an error of the decoder would hold the content.
     return content.decode("utf-8-sig", errors="replace")
 
@@ -341,6 +362,8 @@ def _parse_pem(text: str, password: str | bytes | None) -> list[dict[str, str]]:
 
 
 def _load_pem(block: str, password: str | bytes | None) -> ec.EllipticCurvePrivateKey:
+    if not isinstance(password, str | bytes | None):
+        raise _wrong(f"password is text, not {type(password).__name__}")
     try:
         secret = password.encode() if isinstance(password, str) else password
         key = load_pem_private_key(block.encode(), secret or None)

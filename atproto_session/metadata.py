@@ -150,8 +150,8 @@ class ClientMetadata:
     def __post_init__(self) -> None:
         for name in ("redirect_uris", "grant_types", "response_types"):
             self._set(name, _text_tuple(getattr(self, name), name))
-        for name, value in (("client_id", self.client_id), ("client_name", self.client_name or "")):
-            if not isinstance(value, str):
+        for name, value in (("client_id", self.client_id), ("client_name", self.client_name)):
+            if not isinstance(value, str) and not (name == "client_name" and value is None):
                 raise _wrong(name, "it is not a string")
         _check_registered_scope(self.scope)
         if self.is_loopback:
@@ -227,6 +227,7 @@ class ClientMetadata:
             ``jwks_uri`` or ``jwks``.
         :raises ClientMetadataError: the keyset does not go with the metadata, or is needed and missing.
         """
+        self._check_is_keyset(keyset)
         if keyset is not None:
             self.check_with_keyset(keyset)
         members = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -245,6 +246,7 @@ class ClientMetadata:
         :raises ClientMetadataError: it is confidential without a keyset, or public with one, or signs with a key that
             its own ``jwks`` does not publish.
         """
+        self._check_is_keyset(keyset)
         if self.is_confidential and keyset is None:
             raise _wrong("keyset", "a client that authenticates with private_key_jwt needs one")
         if self.is_loopback and keyset is not None:
@@ -264,6 +266,8 @@ class ClientMetadata:
 
         :raises ClientMetadataError: ``uri`` is not registered.
         """
+        if not isinstance(uri, str):
+            raise _wrong("redirect_uri", "it is not a string")
         if uri in self.redirect_uris:
             return uri
         with suppress(ValueError):
@@ -286,6 +290,11 @@ class ClientMetadata:
             if token not in self.scope.split(" ") and not permits(self.scope, token):
                 raise _wrong("scope", f"{printable(token)} is not among the scopes of the client metadata")
         return " ".join(asked)
+
+    @staticmethod
+    def _check_is_keyset(keyset: object) -> None:
+        if not isinstance(keyset, Keyset | None):
+            raise _wrong("keyset", f"it is a Keyset, such as Keyset.from_env(...), not {type(keyset).__name__}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

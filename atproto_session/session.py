@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NoReturn
 
 from . import permissions
+from ._checks import check_functions, check_kind, check_seconds, check_texts
 
 #: Documents with a higher version were written by a later release, which may mean something else by them.
 DOCUMENT_VERSION = 1
@@ -38,6 +39,7 @@ class TokenSet:
     :ivar refresh_token: works once; ``None`` if the server gave none.
     :ivar expires_at: when the access token expires, an aware ``datetime``, or ``None`` if the server did not say.
     :raises ValueError: ``expires_at`` has no time zone.
+    :raises TypeError: a member is of another kind than it has to be; the message names it.
     """
 
     iss: str
@@ -50,6 +52,16 @@ class TokenSet:
     expires_at: datetime | None = None
 
     def __post_init__(self) -> None:
+        check_texts(
+            iss=self.iss,
+            sub=self.sub,
+            aud=self.aud,
+            scope=self.scope,
+            access_token=self.access_token,
+            token_type=self.token_type,
+        )
+        check_texts(refresh_token=self.refresh_token, optional=True)
+        check_kind("expires_at", self.expires_at, datetime, "an aware datetime", optional=True)
         if self.expires_at is not None and self.expires_at.tzinfo is None:
             raise ValueError("expires_at must carry a time zone; a local time without one means nothing elsewhere")
 
@@ -61,10 +73,19 @@ class TokenSet:
 @dataclass(frozen=True)
 class ClientAuthMethod:
     """How the client authenticates for one session: ``"none"``, or ``"private_key_jwt"`` (RFC 7523) with the key
-    ``kid``. A session keeps the method and the key that it began with."""
+    ``kid``. A session keeps the method and the key that it began with.
+
+    :raises ValueError: ``method`` is neither of the two.
+    :raises TypeError: ``kid`` is no string.
+    """
 
     method: Literal["none", "private_key_jwt"]
     kid: str | None = None
+
+    def __post_init__(self) -> None:
+        check_texts(kid=self.kid, optional=True)
+        if self.method not in ("none", "private_key_jwt"):
+            raise ValueError('method is "none" or "private_key_jwt"')
 
 
 @dataclass(frozen=True)
@@ -136,6 +157,7 @@ class Session:
     :ivar refreshed_at: when the tokens were stored, seconds since the epoch, where known.
     :ivar after_lost_answer: the refresh that brought these tokens followed one whose answer was lost. Should the server
         come to that other request only now, it will take it for a replay.
+    :raises TypeError: a member is of another kind than it has to be; the message names it.
     """
 
     dpop_key: Mapping[str, Any] = field(repr=False)
@@ -149,6 +171,9 @@ class Session:
     after_lost_answer: bool = False
 
     def __post_init__(self) -> None:
+        check_kind("dpop_key", self.dpop_key, Mapping, "a JWK, as a mapping")
+        check_kind("auth_method", self.auth_method, ClientAuthMethod, "a ClientAuthMethod", optional=True)
+        check_kind("token_set", self.token_set, TokenSet, "a TokenSet")
         if type(self.dpop_key) is not ReadOnly:
             object.__setattr__(self, "dpop_key", ReadOnly(self.dpop_key))
 
@@ -225,12 +250,19 @@ class Freshness:
     *Stale* is an access token with less than ``margin`` seconds left plus a random part of up to ``jitter`` seconds,
     drawn anew for every check so that many workers do not all turn to the server in the same instant. A token set
     without ``expires_at`` is never stale. *Expired* is one whose time has come.
+
+    :raises TypeError: ``margin`` or ``jitter`` is no number, or ``clock`` or ``random`` no function.
+    :raises ValueError: ``margin`` or ``jitter`` is less than 0.
     """
 
     margin: float = 10.0
     jitter: float = 30.0
     clock: Callable[[], float] = time.time
     random: Callable[[], float] = random.random
+
+    def __post_init__(self) -> None:
+        check_seconds(margin=self.margin, jitter=self.jitter)
+        check_functions(clock=self.clock, random=self.random)
 
     def is_stale(self, token_set: TokenSet) -> bool:
         """Whether the access token is worth refreshing."""

@@ -13,8 +13,18 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from . import _records as records
+from ._checks import (
+    check_flags,
+    check_functions,
+    check_kind,
+    check_methods,
+    check_seconds,
+    check_texts,
+    refuse_to_pickle,
+    seconds,
+)
 from ._driver import Authority, World, drive
-from ._flights import Flight, Flights, seconds
+from ._flights import Flight, Flights
 from ._records import log
 from ._rests import check_rest
 from ._steps import Protocol
@@ -55,8 +65,10 @@ class SessionGetter:
     :param client_id: the client whose sessions these are; others of the store are refused and kept.
     :param times: what bounds a refresh in time.
     :raises ValueError: ``on_interrupted`` is neither.
+    :raises TypeError: an argument is of another kind than it has to be; the message names it.
     """
 
+    __reduce__ = refuse_to_pickle("a SessionGetter", "make one in each process, over the same store")
     #: How a refresh happens.
     _protocol: type[Refresh] = Refresh
     #: The part of its time for which a log-in or a log-out waits for the account's lock. Then it does without, in time.
@@ -76,6 +88,13 @@ class SessionGetter:
     ) -> None:
         if on_interrupted not in ("retry", "fail"):
             raise ValueError('on_interrupted is "retry" or "fail"')
+        check_methods("authority", authority, ("prepare", "revoke"), "what refreshes and revokes")
+        if locks is not None:
+            check_methods("locks", locks, ("hold",), "a set of locks, such as FileLocks(directory)")
+        check_kind("freshness", freshness, Freshness, "a Freshness", optional=True)
+        check_kind("times", times, Times, "a Times", optional=True)
+        check_texts(client_id=client_id, optional=True)
+        check_seconds(timeout=timeout)
         self.freshness = freshness or Freshness()
         self._timeout = timeout
         self._store = complete(store)
@@ -122,6 +141,12 @@ class SessionGetter:
         :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
         """
         try:
+            check_texts(sub=sub)
+            if refresh != "auto" and not isinstance(refresh, bool):
+                raise ValueError(f'refresh is "auto", True or False, not {printable(repr(refresh), 60)}')
+            check_texts(rejected=rejected, optional=True)
+            if cancel is not None:
+                check_methods("cancel", cancel, ("is_set", "wait"), "a threading.Event")
             deadline = time.monotonic() + seconds(timeout, self._timeout)
             seen = self._read(sub)
             wanted = Wanted(seen, self.freshness, refresh, rejected)
@@ -223,6 +248,7 @@ class SessionGetter:
 
         :raises StoreError: the record cannot be read.
         """
+        check_texts(sub=sub)
         return self._store.get(sub)
 
     def set_stored(self, sub: str, session: Session) -> None:
@@ -233,6 +259,8 @@ class SessionGetter:
         :raises StoreError: the session cannot be stored; it has been revoked.
         :raises LockTimeoutError: the getter's timeout is over. The session is stored as soon as the store allows it.
         """
+        check_texts(sub=sub)
+        check_kind("session", session, Session, "a Session")
         if session.token_set.sub != subject_of(sub):
             raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
         session = replace(session, client_id=self._terms.client_id, after_lost_answer=False)
@@ -252,12 +280,18 @@ class SessionGetter:
             it does.
         :raises TokenRefreshError: it is the session of another client, and is kept.
         """
+        check_texts(sub=sub)
+        check_kind("cause", cause, BaseException, "an error", optional=True)
+        check_flags(revoke=revoke)
         why = cause or TokenRevokedError(f"the session {sub} was signed out").about(sub)
         self._carry_out(sub, records.log_out(sub, why, self._terms.client_id, revoke=revoke), timeout)
 
     def delete_rejected(self, sub: str, session: Session, cause: SessionError) -> None:
         """Delete ``session``, because its server refuses tokens that it has just issued, and end it there; not what has
         come since."""
+        check_texts(sub=sub)
+        check_kind("session", session, Session, "a Session")
+        check_kind("cause", cause, SessionError, "a SessionError")
         self._carry_out(sub, records.end(sub, session, cause.about(sub)), None)
 
     def delete_unusable(self, sub: str, session: Session, cause: SessionError) -> bool:
@@ -305,6 +339,7 @@ class SessionGetter:
         return self._listen(SessionDeletedEvent, listener)
 
     def _listen(self, kind: type, listener: Callable[[Any], None]) -> Callable[[], None]:
+        check_functions(listener=listener)
         listeners = self._world.listeners[kind]
         listeners.append(listener)
 

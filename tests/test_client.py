@@ -198,7 +198,7 @@ def test_a_session_belongs_to_the_client_that_got_it(network: LocalNetwork, acco
 def test_arguments_that_are_no_strings(client: OAuthClient, argument: Any) -> None:
     with pytest.raises(TypeError, match="account is a string"):
         client.authorize(argument)
-    with pytest.raises(TypeError, match="takes the parameters"):
+    with pytest.raises(TypeError, match="params is what the browser brought back"):
         client.callback(argument)
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "_fork", "_urls", "_worker", "_bodies", "permissions"],
+    ["errors", "_fork", "_urls", "_worker", "_bodies", "permissions", "_checks"],
     ["session", "keys", "_threads"],
     ["dpop", "locks", "_flights"],
     ["stores", "_steps", "_terms", "cached_getter", "_recent"],

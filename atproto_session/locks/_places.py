@@ -20,8 +20,12 @@ def path_of(argument: str, value: object) -> Path:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str):
         raise StoreError(f"{argument} is a path, written as text or as a pathlib.Path, not as {type(value).__name__}")
-    if not path or "\0" in path:
-        raise StoreError(f"{argument} is a path, which is not empty and has no character U+0000")
+    try:
+        is_possible = bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise StoreError(f"{argument} is a path, which is not empty and has no character U+0000 or half a character")
     if path.startswith("~"):
         raise StoreError(
             f"{argument} begins with ~, which only a shell replaces: give the whole path; os.path.expanduser() makes it"

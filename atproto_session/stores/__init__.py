@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Protocol, cast
 
+from .._checks import check_methods, check_seconds
 from ..errors import LockTimeoutError, StoreError
 from ..locks import LockKind, Locks
 from ..session import Session, TokenSet
@@ -193,9 +194,14 @@ def rotate_encryption(store: FullStore, *, locks: Locks | None = None, timeout: 
     :param locks: those that the clients were given, if they were given any; by default the store's own.
     :param timeout: how long to wait for a refresh under way, in seconds for each account.
     :returns: how many sessions were written.
+    :raises TypeError: ``store`` is no store; the URL of one has to be opened before.
     :raises StoreError: at the end, with the keys of all records that could not be read or written; the others have
         been written. Or the log of the database could not be emptied.
     """
+    check_methods("store", store, ("get", "replace", "__iter__"), "a store, such as open_store(...) returns")
+    if locks is not None:
+        check_methods("locks", locks, ("hold",), "a set of locks")
+    check_seconds(timeout=timeout)
     written = 0
     failures: list[Exception] = []
     keys = iter(store)

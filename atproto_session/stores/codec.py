@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .._checks import check_flags, check_kind, check_texts
 from ..errors import StoreError, printable
 from ..session import Session, from_document, to_document
 
@@ -39,6 +40,7 @@ class Codec:
     """
 
     def __init__(self, encryption_keys: EncryptionKeys = (), *, allow_plaintext: bool = False) -> None:
+        check_flags(allow_plaintext=allow_plaintext)
         self._fernet = _fernet(encryption_keys)
         self._allows_plaintext = self._fernet is None or allow_plaintext
         # Two generations: when the young one is full, the old one is forgotten.
@@ -50,6 +52,8 @@ class Codec:
 
         :raises StoreError: it could not be read back.
         """
+        check_texts(key=key)
+        check_kind("session", session, Session, "a Session")
         try:
             document = to_document(key, session)
             from_document(key, document)

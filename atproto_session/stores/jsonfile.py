@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from .._checks import check_texts
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
 from ..locks._places import make_private, path_of
@@ -298,6 +299,7 @@ def _without_links(path: str, flags: int) -> int:
 def _path_of(key: str) -> str:
     """Percent-encoded more thoroughly than a URL: a file system may ignore case, hide names that begin with a dot, or
     keep names for devices."""
+    check_texts(key=key)
     name = re.sub(rb"[^a-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], key.encode("utf-8", "surrogatepass")).decode(
         "ascii"
     )

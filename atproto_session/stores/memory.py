@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+from .._checks import check_kind, check_texts
 from .._fork import copy_of
 from ..errors import StoreError
 from ..locks import LockKind, ThreadLocks
@@ -23,6 +24,7 @@ _MOST_LOGINS = 100_000
 
 def holds(stored: Session | None, expected: Session | TokenSet | None) -> bool:
     """The comparison in every compare-and-set; see :meth:`.FullStore.replace`."""
+    check_kind("expected", expected, (Session, TokenSet), "a Session or a TokenSet", optional=True)
     if stored is None or expected is None:
         return stored is None and expected is None
     if isinstance(expected, TokenSet):
@@ -86,6 +88,8 @@ class MemoryStore(Generic[V]):
     raises_only_session_errors = True
 
     def __init__(self, max_entries: int | None = None) -> None:
+        if not isinstance(max_entries, int | None):
+            raise TypeError(f"max_entries is a number, or None, not {type(max_entries).__name__}")
         if max_entries is not None and max_entries < 1:
             raise ValueError("max_entries is at least 1, or None")
         self._max_entries = max_entries
@@ -107,6 +111,7 @@ class MemoryStore(Generic[V]):
         return MemoryStore[Session]()
 
     def get(self, key: str) -> V | None:
+        check_texts(key=key)
         version = self._shards.get(hash(key) % self._spread)
         entry = None if version is None else version.latest().entries.get(key)
         if entry is None:
@@ -138,6 +143,7 @@ class MemoryStore(Generic[V]):
 
     def _change(self, key: str, value: V | None, is_expected: Callable[[V | None], bool]) -> bool:
         """Store ``value`` if what is stored is expected, or delete if it is ``None``."""
+        check_texts(key=key)
         number = hash(key) % self._spread
         version = self._shards.get(number) or self._shards.setdefault(number, _Version({}))
         while True:

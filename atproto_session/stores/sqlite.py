@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from .._checks import check_seconds, check_texts
 from .._fork import close_at_end
 from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
@@ -81,6 +82,7 @@ class SQLiteStore:
         if path in ("", ":memory:"):
             raise StoreError('an SQLite store needs a file; open_store("memory:") keeps sessions in memory')
         path = path_of("the path of an SQLite store", path)
+        check_seconds(busy_timeout=busy_timeout)
         self._codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
         # A process that opens the file through a link has to find the same locks, and the same log, beside it.
         self._database = _Database(Path(os.path.realpath(path)), busy_timeout)
@@ -96,6 +98,7 @@ class SQLiteStore:
         return f"SQLiteStore({self._database.path!r})"
 
     def get(self, key: str) -> Session | None:
+        check_texts(key=key)
         rows = self._database.read("SELECT document FROM sessions WHERE key = ?", (key,))
         return self._codec.decode(key, rows[0][0]) if rows else None
 
@@ -105,6 +108,7 @@ class SQLiteStore:
 
     def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
         """Compare-and-set; see :meth:`.FullStore.replace`."""
+        check_texts(key=key)
         data = None if session is None else self._codec.encode(key, session)
 
         def work(connection: sqlite3.Connection) -> bool:
@@ -123,6 +127,7 @@ class SQLiteStore:
         return replaced
 
     def delete(self, key: str) -> None:
+        check_texts(key=key)
         self._database.write(lambda connection: connection.execute("DELETE FROM sessions WHERE key = ?", (key,)))
         self._database.empty_log_soon()
 
