@@ -360,7 +360,7 @@ def _callback() -> Response:
     opened, before = ended.result.session, _ids()
     _remember(opened.did, ended.session_id)
     # A session that is kept on the server gets another id: the one it had may be known to somebody. Flask-Session does
-    # that only if there is something in it, and takes any id that a browser brings.
+    # that only if there is something in it.
     if (regenerate := getattr(current_app.session_interface, "regenerate", None)) is not None:
         regenerate(session)
     opened.total_timeout = _TOTAL_TIMEOUT

@@ -16,7 +16,7 @@ import pytest
 import requests
 from cachelib import SimpleCache
 from cryptography.fernet import Fernet
-from flask import Flask, abort, render_template_string
+from flask import Flask, abort, render_template_string, session
 from flask.sessions import SecureCookieSessionInterface
 from flask_session import Session
 from flask_wtf import CSRFProtect
@@ -852,16 +852,17 @@ def test_sessions_kept_on_the_server_get_another_id(visitor: Visitor, network: L
 def test_an_id_that_somebody_planted_is_not_that_of_a_session_on_the_server(
     network: LocalNetwork, account: Account
 ) -> None:
-    """With Flask-Session, which takes any id."""
+    """With Flask-Session. An attacker has a session, and puts its id into the browser of a victim."""
     app = make_app(network)
     app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=SimpleCache())
     Session(app)
-    visitor = Visitor(app, network)
-    visitor.browser.set_cookie("session", "planted", domain="127.0.0.1")
-    visitor.log_in(account)
-    assert visitor.get("/members").status_code == 200
-    assert visitor.cookie() != "planted"
-    assert visitor.with_cookie("planted").get("/members").status_code == 303
+    app.add_url_rule("/cart", view_func=lambda: str(session.setdefault("cart", "full")))
+    attacker = Visitor(app, network)
+    attacker.get("/cart")
+    victim = attacker.with_cookie(attacker.cookie())
+    victim.log_in(account)
+    assert victim.get("/members").status_code == 200
+    assert attacker.get("/members").status_code == 303
     client_of(app).close()
 
 
