@@ -14,9 +14,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
+from cachelib import SimpleCache
 from cryptography.fernet import Fernet
-from flask import Flask, abort, render_template_string
+from flask import Flask, abort, render_template_string, session
 from flask.sessions import SecureCookieSessionInterface
+from flask_session import Session
 from flask_wtf import CSRFProtect
 from werkzeug.test import TestResponse
 
@@ -727,6 +729,24 @@ def test_a_refusal_of_the_code(visitor: Visitor, network: LocalNetwork, account:
     assert visitor.get("/").text == "Who are you?"
 
 
+def test_a_callback_may_come_again_if_nothing_was_spent(
+    visitor: Visitor, network: LocalNetwork, account: Account
+) -> None:
+    url = network.authorize(visitor.begin(account, "/data"), account)
+    fault = network.fault("plc", "status", status=503, times=None)
+    assert visitor.come_back(url).status_code == 503
+    fault.disarm()
+    assert visitor.come_back(url).location == "/data"
+    assert visitor.get("/data").status_code == 200
+
+
+def test_a_log_in_that_was_begun_in_another_way(visitor: Visitor, network: LocalNetwork, account: Account) -> None:
+    redirect_uri = f"{HERE}/atproto/callback"
+    for state in ("mine", "[1, 2, 3]", None):
+        url = client_of(visitor.app).authorize(account.did, state=state, redirect_uri=redirect_uri)
+        assert visitor.come_back(network.authorize(url, account)).status_code == 400
+
+
 def test_bugs_stay_errors(visitor: Visitor, account: Account) -> None:
     @visitor.app.get("/bug")
     def bug() -> str:
@@ -826,7 +846,42 @@ def test_sessions_kept_on_the_server_get_another_id(visitor: Visitor, network: L
 
     visitor.app.session_interface = ServerSide()
     visitor.log_in(account)
-    assert regenerated == [False]
+    assert regenerated == [True]
+
+
+def test_an_id_that_somebody_planted_is_not_that_of_a_session_on_the_server(
+    network: LocalNetwork, account: Account
+) -> None:
+    """With Flask-Session. An attacker has a session, and puts its id into the browser of a victim."""
+    app = make_app(network)
+    app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=SimpleCache())
+    Session(app)
+    app.add_url_rule("/cart", view_func=lambda: str(session.setdefault("cart", "full")))
+    attacker = Visitor(app, network)
+    attacker.get("/cart")
+    victim = attacker.with_cookie(attacker.cookie())
+    victim.log_in(account)
+    assert victim.get("/members").status_code == 200
+    assert attacker.get("/members").status_code == 303
+    client_of(app).close()
+
+
+def test_a_view_of_ones_own_begins_a_log_in(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network, ATPROTO_SCOPE="atproto transition:generic")
+    app.add_url_rule(
+        "/more",
+        methods=["POST"],
+        view_func=lambda: ATProto().begin_login(account.did, "/data", scope="atproto", state="overridden"),
+    )
+    visitor = Visitor(app, network)
+    assert visitor.post("/more", EVIL).status_code == 403
+    done = visitor.come_back(network.authorize(visitor.post("/more").location, account))
+    assert done.location == "/data"
+    with app.app_context():
+        assert ATProto().client.restore(account.did, session_id=visitor.ids()[1]).token_info().scope == "atproto"
+    network.fault("par", "oauth_error", error="invalid_scope", times=None)
+    assert visitor.post("/more").status_code == 502
+    client_of(app).close()
 
 
 def test_below_a_mount_point(network: LocalNetwork, account: Account) -> None:
