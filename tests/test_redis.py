@@ -18,7 +18,7 @@ import trustme
 from cryptography.fernet import Fernet
 
 from atproto_session._worker import this_worker
-from atproto_session.errors import LockTimeoutError, StoreError
+from atproto_session.errors import CancelledError, LockTimeoutError, StoreError
 from atproto_session.locks import Locks
 from atproto_session.locks.redis import RedisHold, RedisLocks
 from atproto_session.stores import FullStore, open_store
@@ -145,6 +145,17 @@ def test_waiting_ends_with_a_release_and_not_with_a_slice(store: Any, monkeypatc
         began = time.monotonic()
     waiter.outcome()
     assert time.monotonic() - began < SOON / 2
+
+
+def test_waiting_for_another_worker_ends_when_it_is_cancelled(store: Any) -> None:
+    other = RedisLocks(store._server.client, prefix=store._server.prefix)
+    cancel = threading.Event()
+    with store.locks.hold(DID, timeout=0):
+        waiter = Worker(lambda: take(other, DID, cancel=cancel))
+        wait_until(lambda: other._threads._lines)
+        cancel.set()
+        with pytest.raises(CancelledError):
+            waiter.outcome()
 
 
 def test_a_lease_that_ran_out_is_another_ones(store: Any) -> None:

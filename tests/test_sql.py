@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import MetaData, create_engine, event, make_url
 
-from atproto_session.errors import LockTimeoutError, StoreError
+from atproto_session.errors import CancelledError, LockTimeoutError, StoreError
 from atproto_session.locks import Locks
 from atproto_session.locks.sql import SQLLocks
 from atproto_session.stores import FullStore, open_store, sql
@@ -198,8 +199,8 @@ def test_nothing_waits_for_ever_for_what_a_database_may_set(postgresql_url: str)
         waiting.outcome()
 
 
-def take(locks: Locks, name: str) -> None:
-    with locks.hold(name, timeout=SOON):
+def take(locks: Locks, name: str, cancel: threading.Event | None = None) -> None:
+    with locks.hold(name, timeout=SOON, cancel=cancel):
         pass
 
 
@@ -312,6 +313,17 @@ def test_a_child_has_connections_of_its_own(sql_url: str) -> None:
         assert store.get(DID) == make_session("2")
 
 
+def test_waiting_for_another_worker_ends_when_it_is_cancelled(sql_url: str) -> None:
+    with closing(open_store(sql_url)) as store, closing(open_store(sql_url)) as other:
+        cancel = threading.Event()
+        with store.locks.hold(DID, timeout=0):
+            waiter = Worker(lambda: take(other.locks, DID, cancel=cancel))
+            wait_until(lambda: other.locks._threads._lines)  # type: ignore[attr-defined]
+            cancel.set()
+            with pytest.raises(CancelledError):
+                waiter.outcome()
+
+
 # Tables
 
 
@@ -362,6 +374,35 @@ def test_a_log_in_may_begin_anew_and_those_that_expired_are_deleted(sql_url: str
         assert rows.read("old") is not None
         rows.sweep(EARLIER + 1)
         assert rows.read("old") is None
+        assert store.logins.take("state") == {"verifier": "2"}
+
+
+def test_others_that_write_in_between_keep_nothing_from_being_written(
+    sql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(open_store(sql_url)) as store:
+        rows: Any = store._rows  # type: ignore[attr-defined]
+        insert = rows.insert
+
+        def come_first(key: str, data: bytes) -> bool:
+            monkeypatch.undo()
+            assert insert(key, b"another")
+            return bool(insert(key, data))
+
+        monkeypatch.setattr(rows, "insert", come_first)
+        store.set(DID, make_session())
+        assert store.get(DID) == make_session()
+
+        is_done = sql._is_done
+
+        def take_first(*arguments: Any) -> bool:
+            monkeypatch.undo()
+            assert store.logins.take("state") == {"verifier": "1"}
+            return is_done(*arguments)
+
+        store.logins.put("state", {"verifier": "1"}, LATER)
+        monkeypatch.setattr(sql, "_is_done", take_first)
+        store.logins.put("state", {"verifier": "2"}, LATER)
         assert store.logins.take("state") == {"verifier": "2"}
 
 

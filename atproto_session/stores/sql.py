@@ -184,10 +184,7 @@ class _Database:
         """A connection outside of the pool, in autocommit mode."""
         if self._is_closed:
             raise StoreError("the store is closed")
-        try:
-            return self._apart.raw_connection()
-        except SQLAlchemyError as error:
-            raise _failure(error) from error
+        return self._apart.raw_connection()
 
     def close(self) -> None:
         self._is_closed = True
@@ -213,8 +210,9 @@ class _SQLRows:
         return None if data is None else bytes(data)
 
     def put(self, key: str, data: bytes) -> None:
-        while not (self._update(key, data, None) or self.insert(key, data)):
-            """Another worker has inserted or deleted it in between."""
+        is_done = False
+        while not is_done:  # another worker may insert or delete it in between
+            is_done = self._update(key, data, None) or self.insert(key, data)
 
     def insert(self, key: str, data: bytes) -> bool:
         row = {"id": _id_of(key), "account": _escaped(key), "document": data}
@@ -263,8 +261,9 @@ class _SQLLogins:
         row = {"document": data, "expires_at": expires_at}
         insert = sa.insert(self._table).values(id=_id_of(state), **row)
         update = sa.update(self._table).values(**row).where(self._table.c.id == _id_of(state))
-        while not (_insert(self._database, insert) or _is_done(self._database, update)):
-            """Another worker has taken it in between."""
+        is_done = False
+        while not is_done:  # another worker may take it in between
+            is_done = _insert(self._database, insert) or _is_done(self._database, update)
 
     def delete(self, state: str, expected: bytes) -> bool:
         columns = self._table.c
