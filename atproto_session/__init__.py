@@ -1,6 +1,7 @@
 """AT Protocol (Bluesky) OAuth sessions that stay alive across threads, processes and machines."""
 
 from ._terms import Times
+from ._upkeep import Account, CleanResult, KeepAliveResult
 from .cached_getter import CachedGetter, GetOptions
 from .client import CallbackResult, OAuthClient
 from .errors import (
@@ -37,10 +38,12 @@ from .session_getter import SessionGetter
 from .stores import JSONStore, MemoryStore, SQLiteStore, open_store, rotate_encryption
 
 __all__ = [
+    "Account",
     "AuthMethodUnsatisfiableError",
     "CachedGetter",
     "CallbackResult",
     "CancelledError",
+    "CleanResult",
     "ClientAuthMethod",
     "ClientMetadata",
     "ClientMetadataError",
@@ -49,6 +52,7 @@ __all__ = [
     "GetOptions",
     "IdentityError",
     "JSONStore",
+    "KeepAliveResult",
     "Keyset",
     "LockTimeoutError",
     "MemoryStore",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -16,10 +17,12 @@ from ._login import LoginFlow
 from ._records import log
 from ._signer import Refusals, Signer
 from ._terms import Times
+from ._threads import check_not_patched_late
+from ._upkeep import IDLE, PACE, Account, CleanResult, KeepAliveResult, Upkeep
 from ._warm import warm_up
 from .discovery import Discovery
 from .dpop import NonceCache
-from .errors import StoreError
+from .errors import SessionError, StoreError
 from .identity import IdentityResolver, check_did
 from .keys import Keyset
 from .locks import Locks
@@ -33,6 +36,8 @@ from .transport import Transport
 
 T = TypeVar("T")
 
+#: How long a log-in that began at a server waits for the account's handle, in seconds.
+_HANDLE_WITHIN = 5.0
 #: Connections to one server that are kept open while no request uses them.
 _IDLE_CONNECTIONS = 64
 
@@ -77,6 +82,7 @@ class OAuthClient:
     :param retries: which requests of an :class:`.OAuthSession` are sent again after a failure, and when; by default
         none. Nothing that spends or asks for tokens is.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
+    :raises SessionError: gevent was told to patch the standard library after this package was imported.
     :raises StoreError: the store cannot be used.
     :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
     :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
@@ -104,6 +110,7 @@ class OAuthClient:
         trusted_hosts: Iterable[str] = (),
         retries: Retry | int | None = None,
     ) -> None:
+        check_not_patched_late()
         warm_up()
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
@@ -159,6 +166,7 @@ class OAuthClient:
             client_id=metadata.client_id,
             times=times,
         )
+        self._upkeep = Upkeep(self.sessions, self._store, metadata.client_id, timeout=timeout)
         if on_session_updated is not None:
             self.sessions.on_updated(on_session_updated)
         if on_session_deleted is not None:
@@ -250,9 +258,16 @@ class OAuthClient:
             session, login = self._logins.end(params, bound_to, flight)
             key = _key_of(session.token_set.sub, session_id)
             self.sessions.set_stored(key, session)
-            return CallbackResult(self._open(key, session), login.state, login.handle)
+            handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)
+            return CallbackResult(self._open(key, session), login.state, handle)
 
         return self._within(timeout, "the log-in", work)
+
+    def _handle_of(self, did: str) -> str | None:
+        try:
+            return self._identities.resolve(did, timeout=_HANDLE_WITHIN).handle
+        except SessionError:  # the log-in has succeeded all the same
+            return None
 
     def _within(self, timeout: float | None, what: str, work: Callable[[Flight[T]], T]) -> T:
         """What ``work`` returns, if it does so in time; afterwards it goes on alone."""
@@ -289,6 +304,62 @@ class OAuthClient:
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
         self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
+
+    # Looking after the store
+
+    def accounts(self) -> Iterator[Account]:
+        """Who is stored, in no order: the sessions of all clients that share the store. No token or key is in it.
+
+        A record that cannot be read does not end the walk: its :class:`.Account` has an ``error``. What is stored or
+        deleted meanwhile may be in it or not.
+
+        :raises StoreError: the store cannot be walked, or, at the end, has records whose key cannot be told.
+        """
+        return self._upkeep.accounts()
+
+    def keep_alive(
+        self,
+        *,
+        idle: float = IDLE,
+        pace: float = PACE,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
+        on_result: Callable[[KeepAliveResult], object] | None = None,
+    ) -> list[KeepAliveResult]:
+        """Refresh the sessions that have not been refreshed for long, before their refresh tokens die of it. To be
+        called once a day, or oftener: by cron, a Celery beat or a timer.
+
+        Whose last refresh is longest ago comes first. Each record says when that was, so that what is done is not done
+        again by the next call, or by other processes that do this at the same time. An account that fails keeps no
+        other from its turn. A server that fails three times in a row is left alone for a while, its accounts with it.
+        Sessions of other clients are left alone, and so are those without a refresh token.
+
+        A session does not live longer than its authorization server allows, however often it is refreshed: two weeks
+        for public clients.
+
+        :param idle: refresh what was not refreshed for so many seconds; by default five days.
+        :param pace: seconds to wait between two accounts.
+        :param timeout: how long to go on, all told, in seconds; by default until all are done. What is left is for the
+            next call.
+        :param cancel: ends it early when set.
+        :param on_result: called with each result as soon as it is there.
+        :returns: a result for each session that was due and came to its turn, or cannot be read.
+        :raises StoreError: the store cannot be walked; or, at the end, it has records whose key cannot be told.
+        :raises TypeError: ``idle``, ``pace`` or ``timeout`` is not a number.
+        :raises ValueError: it is less than 0.
+        """
+        return self._upkeep.keep_alive(idle=idle, pace=pace, timeout=timeout, cancel=cancel, on_result=on_result)
+
+    def clean(self) -> CleanResult:
+        """Delete what nobody can use any more: sessions without a refresh token whose access token has expired, and
+        log-ins that were begun more than an hour ago. Listeners are told of the sessions.
+
+        Everything else stays: sessions that may still work, those of other clients, and records that cannot be read,
+        which are logged.
+
+        :raises StoreError: the store cannot be walked; or, at the end, it has records whose key cannot be told.
+        """
+        return self._upkeep.clean()
 
     def close(self) -> None:
         """Wait for refreshes under way and close the connections; and the store, if it was given as a URL. What would

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from . import _records as records
 from ._driver import Authority, World, drive
@@ -32,6 +32,8 @@ from .locks import LockKind, Locks
 from .refresh import Refresh
 from .session import Freshness, Session, SessionDeletedEvent, SessionUpdatedEvent, subject_of
 from .stores import SessionStore, complete
+
+T = TypeVar("T")
 
 #: How many refreshes there may be at a time of accounts of one PDS, and of one authorization server. A server that does
 #: not answer keeps no account of another one waiting.
@@ -243,19 +245,26 @@ class SessionGetter:
         come since."""
         self._carry_out(sub, records.end(sub, session, cause.about(sub)))
 
-    def _carry_out(self, sub: str, protocol: Protocol[None], *, orphan: Session | None = None) -> None:
+    def delete_unusable(self, sub: str, session: Session, cause: SessionError) -> bool:
+        """Delete ``session``, which nobody can use any more; not what has come since. Returns whether it was there.
+
+        :raises StoreError: the store cannot be written.
+        """
+        return self._carry_out(sub, records.remove(sub, session, cause.about(sub)))
+
+    def _carry_out(self, sub: str, protocol: Protocol[T], *, orphan: Session | None = None) -> T:
         """
         :param orphan: a session that there is no way to come to again, if ``protocol`` cannot be begun.
         """
         try:
-            flight = self._flights.charter(
+            flight: Flight[T] = self._flights.charter(
                 sub, lambda flight: drive(flight, protocol, self._world), committed=orphan is not None
             )
         except SessionError:
             if orphan is not None:
                 self._world.revoke(orphan)
             raise
-        flight.wait(float("inf"))
+        return flight.wait(float("inf"))
 
     def close(self) -> None:
         """Wait until nothing is being refreshed. Nothing is refreshed afterwards: what needs that raises

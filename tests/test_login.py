@@ -33,6 +33,20 @@ def test_a_log_in_ends_in_the_browser_that_began_it(
 def test_a_log_in_tells_the_verified_handle(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     result = client.callback(network.authorize(client.authorize(account.handle, state="mine"), account))
     assert (result.handle, result.state) == (account.handle, "mine")
+    for start in (account.did, network.pds_url):
+        assert client.callback(network.authorize(client.authorize(start), account)).handle == account.handle
+
+
+def test_a_handle_that_cannot_be_verified_is_not_told(
+    network: LocalNetwork, client: OAuthClient, account: Account
+) -> None:
+    network.change_handle(account.did, "eve.test", resolves=False)
+    for start in (account.did, network.pds_url):
+        assert client.callback(network.authorize(client.authorize(start), account)).handle is None
+    url = network.authorize(client.authorize(network.pds_url), account)
+    network.fault("plc", "status", status=404, times=None, after=1)  # once the account is known to be of this server
+    assert client.callback(url).handle is None
+    assert client.sessions.get_stored(account.did) is not None
 
 
 @pytest.mark.parametrize(

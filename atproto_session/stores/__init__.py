@@ -73,7 +73,11 @@ class SessionStore(Protocol):
 
 
 class Logins(Protocol):
-    """Log-ins that have begun, for the time until the browser comes back."""
+    """Log-ins that have begun, for the time until the browser comes back.
+
+    Where they do not expire by themselves, there may be a method ``purge()``, without arguments, that deletes those
+    that have, and returns how many: :meth:`.OAuthClient.clean` calls it.
+    """
 
     def put(self, state: str, document: dict[str, Any], expires_at: float, /) -> None:
         """Keep ``document``, a JSON object, until ``expires_at`` (seconds since the epoch)."""

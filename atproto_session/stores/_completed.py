@@ -107,7 +107,8 @@ class CompletedStore:
     def _method(self, name: str) -> Callable[[], Any]:
         method = getattr(self._store, name, None)
         if method is None:
-            raise StoreError(f"{self._name} has no {name}() method")
+            what = ", which yields its keys" if name == "__iter__" else ""
+            raise StoreError(f"{self._name} has no {name}() method{what}")
         return method  # type: ignore[no-any-return]
 
     def _call_if_there(self, what: str, name: str) -> None:
@@ -156,6 +157,11 @@ class _CheckedLogins:
 
     def take(self, state: str) -> dict[str, Any] | None:
         return self._call("read", self._logins.take, state)  # type: ignore[no-any-return]
+
+    def purge(self) -> int:
+        """0 where the log-ins expire by themselves."""
+        purge: Callable[[], int] | None = getattr(self._logins, "purge", None)
+        return 0 if purge is None else self._call("cleaned", purge)
 
 
 class MappingStore:

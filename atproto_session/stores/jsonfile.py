@@ -167,10 +167,14 @@ class JSONLogins:
 
     def put(self, state: str, document: dict[str, Any], expires_at: float) -> None:
         if next(self._puts) % _PURGE_EVERY == 0:
-            self._files.remove_older("logins", ".login", time.time())
+            self.purge()
         path = _login_path_of(state)
         with self._files.writing(path):
             self._files.write(path, self._codec.encode_login(state, document, expires_at), modified=expires_at)
+
+    def purge(self) -> int:
+        """Delete those that have expired. Returns how many."""
+        return self._files.remove_older("logins", ".login", time.time())
 
     def take(self, state: str) -> dict[str, Any] | None:
         path = _login_path_of(state)
@@ -250,11 +254,14 @@ class _Files:
             names = [path.name for path in (self._directory / directory).iterdir()]
         return [f"{directory}/{name}" for name in names if name.endswith(suffix)]
 
-    def remove_older(self, directory: str, suffix: str, than: float) -> None:
+    def remove_older(self, directory: str, suffix: str, than: float) -> int:
+        removed = 0
         for path in self.list(directory, suffix):
             with self._failures("deleted"), suppress(FileNotFoundError):
                 if (self._directory / path).stat().st_mtime < than:
                     (self._directory / path).unlink()
+                    removed += 1
+        return removed
 
     def remove_leftovers(self) -> None:
         # Of killed writers: one that lives holds the lock of what it writes.

@@ -185,9 +185,12 @@ class MemoryLogins:
         expires_at, document = self._pending.pop(state, (0.0, None))
         return document if time.time() < expires_at else None
 
-    def _sweep(self) -> None:
+    def purge(self) -> int:
+        """Forget those that have expired. Returns how many."""
         now = time.time()
-        for state, (expires_at, _) in copy_of(self._pending.items()):
-            if expires_at <= now:
-                self._pending.pop(state, None)
+        expired = [state for state, (expires_at, _) in copy_of(self._pending.items()) if expires_at <= now]
+        return sum(self._pending.pop(state, None) is not None for state in expired)
+
+    def _sweep(self) -> None:
+        self.purge()
         self._sweep_at = max(64, 2 * len(self._pending))

@@ -164,10 +164,14 @@ class SQLiteLogins:
         data = self._codec.encode_login(state, document, expires_at)
 
         def work(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM logins WHERE expires_at <= ?", (time.time(),))
+            _purge_logins(connection)
             connection.execute("INSERT OR REPLACE INTO logins VALUES (?, ?, ?)", (state, data, expires_at))
 
         self._database.write(work)
+
+    def purge(self) -> int:
+        """Delete those that have expired. Returns how many."""
+        return self._database.write(_purge_logins)
 
     def take(self, state: str) -> dict[str, Any] | None:
         def work(connection: sqlite3.Connection) -> dict[str, Any] | None:
@@ -329,6 +333,10 @@ def _check_version(connection: sqlite3.Connection) -> None:
             f"the database has version {version}, not {_SCHEMA_VERSION}: it was written by a later release of this "
             "library, which this worker has to be upgraded to, or by another program"
         )
+
+
+def _purge_logins(connection: sqlite3.Connection) -> int:
+    return connection.execute("DELETE FROM logins WHERE expires_at <= ?", (time.time(),)).rowcount
 
 
 def _put(connection: sqlite3.Connection, key: str, data: bytes) -> None:

@@ -630,3 +630,142 @@ def test_what_ends_nothing_says_so_to_nobody(server: Server, alice: LoggedIn) ->
     without_proof = requests.post(f"{server.url}/oauth/revoke", data=form, timeout=PATIENCE)
     assert (without_proof.status_code, without_proof.json()) == (200, {})
     assert_session_lives(renewed)
+
+
+# Records
+
+
+NOTES = "com.example.note"
+NOTE = {"text": "häuser", "n": [0, 23, 24, -70000, 2**40], "more": [True, None, {"bb": "c", "a": "b", "aa": 1}]}
+NO_BLOB = "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+
+
+def repo(alice: LoggedIn, method: str, **body: Any) -> requests.Response:
+    """A procedure of ``com.atproto.repo``."""
+    path = f"/xrpc/com.atproto.repo.{method}"
+    body = {"repo": alice.account.did, "collection": NOTES, **body}
+    return alice.client.call(alice.client.issuer, path, alice.tokens.access, method="POST", json=body)
+
+
+def ask(server: Server, method: str, **params: Any) -> requests.Response:
+    """A query that needs no token."""
+    return requests.get(f"{server.url}/xrpc/com.atproto.{method}", params=params, timeout=PATIENCE)
+
+
+def test_records_are_written_and_read(server: Server, alice: LoggedIn) -> None:
+    place = {"repo": alice.account.handle, "collection": NOTES}
+    written = repo(alice, "createRecord", rkey="one", record={**NOTE, "b": {"$bytes": "aGk"}}).json()
+    uri = f"at://{alice.account.did}/{NOTES}/one"
+    # The CID is that of the same record on any PDS.
+    cid = "bafyreihbrasnxldzsanlkdsvuvraaheaitcblg5pgfqcoekh5dsp5zmuk4"
+    assert (written["uri"], written["cid"], written["validationStatus"]) == (uri, cid, "unknown")
+    assert {*written["commit"]} == {"cid", "rev"}
+    found = ask(server, "repo.getRecord", **place, rkey="one").json()
+    assert found == {"uri": uri, "cid": cid, "value": {"$type": NOTES, **NOTE, "b": {"$bytes": "aGk"}}}
+    assert ask(server, "repo.getRecord", **place, rkey="one", cid=NO_BLOB).status_code == 400
+
+    changed = repo(alice, "putRecord", rkey="one", record={"text": "2"}, swapRecord=cid).json()
+    assert ask(server, "repo.getRecord", **place, rkey="one").json()["cid"] == changed["cid"]
+    refused = repo(alice, "putRecord", rkey="one", record={"text": "3"}, swapRecord=cid)
+    assert (refused.status_code, error_of(refused)) == (400, ("InvalidSwap", f"Record was at {changed['cid']}"))
+
+    later = repo(alice, "createRecord", record={"text": "3"}).json()["uri"]
+    latest = repo(alice, "createRecord", record={"text": "4"}).json()["uri"]
+    assert re.fullmatch("[2-7a-z]{13}", latest.rpartition("/")[2])
+    assert later < latest
+
+    def listed(**params: Any) -> list[str]:
+        page = ask(server, "repo.listRecords", **place, **params).json()
+        return [record["uri"].rpartition("/")[2] for record in page["records"]] + [page.get("cursor")]
+
+    first, second = later.rpartition("/")[2], latest.rpartition("/")[2]
+    assert listed() == ["one", second, first, first]
+    assert listed(limit=1) == ["one", "one"]
+    assert listed(limit=1, cursor="one") == [second, second]
+    assert listed(reverse="true", cursor=first) == [second, "one", "one"]
+    for rkey in ("one", first, second):
+        assert {*repo(alice, "deleteRecord", rkey=rkey).json()} == {"commit"}
+        assert repo(alice, "deleteRecord", rkey=rkey).json() == {}
+    assert listed() == [None]
+    gone = ask(server, "repo.getRecord", **place, rkey="one")
+    assert (gone.status_code, error_of(gone)) == (400, ("RecordNotFound", f"Could not locate record: {uri}"))
+
+
+def test_blobs_are_kept(server: Server, alice: LoggedIn) -> None:
+    path, headers = "/xrpc/com.atproto.repo.uploadBlob", {"Content-Type": "image/png"}
+    answer = alice.client.call(
+        alice.client.issuer, path, alice.tokens.access, method="POST", data=b"\x89PNG\r\n", headers=headers
+    )
+    blob = answer.json()["blob"]
+    cid = blob["ref"]["$link"]
+    assert blob == {"$type": "blob", "ref": {"$link": cid}, "mimeType": "image/png", "size": 6}
+    assert cid == "bafkreiechtvzt7hpkjjdgpw6dmraena4hmuhw3khk4mwhzvq3xzzhispqi"
+    assert repo(alice, "createRecord", rkey="blob", record={"image": blob}).status_code == 200
+    found = ask(server, "sync.getBlob", did=alice.account.did, cid=cid)
+    assert (found.content, found.headers["Content-Type"]) == (b"\x89PNG\r\n", "image/png")
+    missing = ask(server, "sync.getBlob", did=alice.account.did, cid=NO_BLOB)
+    assert (missing.status_code, error_of(missing)) == (400, ("InvalidRequest", "Blob not found"))
+    repo(alice, "deleteRecord", rkey="blob")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        ({"repo": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"}, 403, "AccountNotFound"),
+        ({"repo": None}, 400, "InvalidRequest"),
+        ({"collection": "nonsense"}, 400, "InvalidRequest"),
+        ({"rkey": "a/b"}, 400, "InvalidRequest"),
+        ({"record": "text"}, 400, "InvalidRequest"),
+        ({"record": {"$type": "com.example.other"}}, 400, "InvalidRequest"),
+        ({"record": {"number": 1.5}}, 400, "InvalidRequest"),
+    ],
+)
+def test_records_that_cannot_be_are_refused(
+    server: Server, alice: LoggedIn, body: dict[str, Any], status: int, error: str
+) -> None:
+    answer = repo(alice, "createRecord", **{"record": {}, **body})
+    assert (answer.status_code, error_of(answer)[0]) == (status, error)
+
+
+def test_others_keep_their_records(server: Server, alice: LoggedIn) -> None:
+    answer = repo(alice, "createRecord", repo=server.create_account().did, record={})
+    assert (answer.status_code, error_of(answer)[0]) == (401, "AuthenticationRequired")
+
+
+def test_what_is_asked_in_a_wrong_way_is_refused(server: Server, alice: LoggedIn) -> None:
+    place = {"repo": alice.account.did, "collection": NOTES}
+    for answer in (
+        ask(server, "repo.getRecord", collection=NOTES, rkey="one"),
+        ask(server, "repo.getRecord", repo="nobody.test", collection=NOTES, rkey="one"),
+        ask(server, "repo.listRecords", **place, limit=0),
+        ask(server, "repo.listRecords", **place, limit="many"),
+        call_path(alice, "/xrpc/com.atproto.repo.createRecord"),
+    ):
+        assert (answer.status_code, error_of(answer)[0]) == (400, "InvalidRequest"), answer.url
+
+
+def call_path(alice: LoggedIn, path: str) -> requests.Response:
+    return alice.client.call(alice.client.issuer, path, alice.tokens.access)
+
+
+@pytest.mark.parametrize(
+    ("granted", "works"),
+    [
+        ("atproto", False),
+        ("atproto repo:com.example.note", True),
+        ("atproto repo:*?action=create&action=update", True),
+        ("atproto repo?collection=com.example.other&collection=com.example.note", True),
+        ("atproto repo:com.example.note?action=delete", False),
+        ("atproto repo:com.example.other blob:*/*", False),
+    ],
+)
+def test_a_scope_lets_write(server: Server, granted: str, works: bool) -> None:
+    query = urlencode({"redirect_uri": REDIRECT_URI, "scope": granted})
+    client = RawClient(server.url, client_id=f"http://localhost?{query}")
+    callback = server.network.authorize(client.authorize_url(scope=granted), server.account)
+    tokens = tokens_of(client.exchange(query_of(callback)["code"]))
+    answer = repo(LoggedIn(server.account, client, tokens), "createRecord", record={"text": "mine"})
+    assert answer.status_code == (200 if works else 403)
+    if not works:
+        scope = f"repo:{NOTES}?action=create"
+        assert error_of(answer) == ("ScopeMissingError", f'Missing required scope "{scope}"')

@@ -13,6 +13,7 @@ the ways that networks and servers do.
 ``consent``              the page where an account's owner says yes or no
 ``sessions``             what was issued, and the rules of rotation
 ``resource_server``      the PDS
+``repositories``         the records and blobs on it
 ``proofs``, ``nonces``   DPoP
 ``faults``               what can go wrong
 ``wire``, ``routes``     HTTP
@@ -22,6 +23,7 @@ the ways that networks and servers do.
 from .accounts import Account
 from .faults import ACTIONS, ENDPOINTS, Fault
 from .network import LocalNetwork
+from .repositories import MethodError
 from .sessions import SessionInfo
 from .wire import ConnectionCut, Request, Response
 
@@ -32,6 +34,7 @@ __all__ = [
     "ConnectionCut",
     "Fault",
     "LocalNetwork",
+    "MethodError",
     "Request",
     "Response",
     "SessionInfo",

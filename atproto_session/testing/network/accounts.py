@@ -74,6 +74,10 @@ class Directory:
                 self._check_free(handle)
             self._entries[did] = replace(entry, account=replace(entry.account, handle=handle), resolves=resolves)
 
+    def knows(self, did: str) -> bool:
+        with self._lock:
+            return did in self._entries
+
     def account(self, did: str) -> Account:
         return self._entry(did).account
 

@@ -19,7 +19,8 @@ from .clients import Clients
 from .faults import Fault, Faults
 from .nonces import Nonces
 from .proofs import ProofChecker
-from .resource_server import ResourceServer
+from .repositories import Repositories
+from .resource_server import Method, ResourceServer
 from .routes import Route, endpoints_of, find_route
 from .sessions import Ledger, SessionInfo
 from .wire import Listener, Request, Response
@@ -65,6 +66,8 @@ class LocalNetwork:
         self._challenge_scheme = challenge_scheme
         self._clock = clock
         self._directory = Directory()
+        self._repositories = Repositories(self._directory, clock)
+        self._methods: dict[str, Method] = {}
         self._clients = Clients(clock)
         self._faults = Faults()
         self._listeners: list[Listener] = []
@@ -141,6 +144,28 @@ class LocalNetwork:
         home = self._open_pds_with_issuer(apart=self._entryway)
         self._directory.move(did, home)
         return home.pds
+
+    def add_method(
+        self, nsid: str, answer: Callable[[Request, Account], object], *, verb: Literal["GET", "POST"] = "GET"
+    ) -> None:
+        """Let every PDS have one more method, or another one of that name. Its caller needs a token, as for all others.
+        There are ``com.atproto.server.getSession``, ``com.atproto.repo.createRecord``, ``putRecord``, ``deleteRecord``,
+        ``getRecord``, ``listRecords`` and ``uploadBlob``, ``com.atproto.sync.getBlob``, and ``app.test.echo``.
+
+        ::
+
+            def get_timeline(request: Request, account: Account) -> object:
+                return {"feed": []}
+
+            network.add_method("app.bsky.feed.getTimeline", get_timeline)
+
+        :param nsid: its name.
+        :param answer: called with the request, which is :class:`.Request`, and the account that made it, in a thread of
+            the request's. Returns what becomes the JSON of the answer, or a :class:`.Response`; or raises
+            :exc:`.MethodError`.
+        :param verb: ``"POST"`` for a procedure.
+        """
+        self._methods[nsid] = Method(verb, answer)
 
     # The browser
 
@@ -325,6 +350,8 @@ class LocalNetwork:
             directory=self._directory,
             ledger=ledger,
             proofs=proofs,
+            repositories=self._repositories,
+            added=self._methods,
             scheme=self._challenge_scheme,
         )
         return list(server.routes)

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from .accounts import Directory
+from .accounts import Account, Directory
 from .errors import OAuthError
 from .proofs import ProofChecker
+from .repositories import MethodError, Repositories
 from .routes import Route
 from .sessions import Grant, Ledger
 from .wire import Request, Response
 
 
+@dataclass(frozen=True)
+class Method:
+    """A method that was added.
+
+    :ivar answer: is given the request and the account that made it; returns a :class:`.Response`, or what becomes JSON.
+    """
+
+    verb: str
+    answer: Callable[[Request, Account], object]
+
+
 class ResourceServer:
     """One PDS.
 
+    :param repositories: what the accounts keep on it.
+    :param added: more methods, by NSID. What is put into it later counts as well.
     :param ledger: that of the authorization server that speaks for it.
     :param scheme: of the challenge that follows a refused token.
     """
@@ -29,6 +44,8 @@ class ResourceServer:
         directory: Directory,
         ledger: Ledger,
         proofs: ProofChecker,
+        repositories: Repositories,
+        added: Mapping[str, Method],
         scheme: Literal["DPoP", "Bearer"] = "DPoP",
     ) -> None:
         self.nonces = proofs.nonces
@@ -38,6 +55,8 @@ class ResourceServer:
         self._ledger = ledger
         self._proofs = proofs
         self._scheme = scheme
+        self._repositories = repositories
+        self._added = added
         self.routes = (
             Route("GET", "/.well-known/oauth-protected-resource", "protected-resource", self._metadata, self),
             Route(
@@ -51,7 +70,11 @@ class ResourceServer:
             Route("*", "/xrpc/app.test.echo", "resource", self._method(self._echo), self),
             Route("*", "/xrpc/app.test.redirect", "resource", self._method(self._redirect), self),
             Route("*", "/xrpc/app.test.scoped", "resource", self._method(self._scoped), self),
-            Route("*", "/xrpc/*", "resource", self._method(self._unknown), self),
+            *(
+                Route("GET", f"/xrpc/{nsid}", "public", self._public(process), self)
+                for nsid, process in repositories.public_methods.items()
+            ),
+            Route("*", "/xrpc/*", "resource", self._method(self._other), self),
         )
 
     def refuse(self, error: OAuthError) -> Response:
@@ -74,6 +97,17 @@ class ResourceServer:
                 return self._sealed(process(request, grant))
             except OAuthError as error:
                 return self.refuse(error)
+            except MethodError as error:
+                return self._sealed(error.response)
+
+        return answer
+
+    def _public(self, process: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answer(request: Request) -> Response:
+            try:
+                return process(request)
+            except MethodError as error:
+                return error.response
 
         return answer
 
@@ -116,8 +150,22 @@ class ResourceServer:
             return Response.of_json({"scope": grant.scope})
         return Response.of_json({"error": "ScopeMissingError", "message": f'Missing required scope "{scope}"'}, 403)
 
-    def _unknown(self, request: Request, grant: Grant) -> Response:
-        return Response.of_json({"error": "MethodNotImplemented", "message": "Method Not Implemented"}, 501)
+    def _other(self, request: Request, grant: Grant) -> Response:
+        nsid = request.path.removeprefix("/xrpc/")
+        if (added := self._added.get(nsid)) is not None:
+            _check_verb(request, added.verb)
+            answer = added.answer(request, self._directory.account(grant.did))
+            return answer if isinstance(answer, Response) else Response.of_json(answer)
+        if nsid in self._repositories.methods:
+            verb, process = self._repositories.methods[nsid]
+            _check_verb(request, verb)
+            return process(request, grant)
+        raise MethodError("Method Not Implemented", "MethodNotImplemented", 501)
+
+
+def _check_verb(request: Request, verb: str) -> None:
+    if request.method != verb:
+        raise MethodError(f"Incorrect HTTP method ({request.method}) expected {verb}")
 
 
 def _without_dpop(scheme: str, token: str) -> Response:
