@@ -90,13 +90,23 @@ class Upkeep:
     """
     :param client_id: the client whose sessions are looked after. Others are left alone.
     :param timeout: how long one refresh is waited for, in seconds.
+    :param others: by the ``client_id``, the sessions of other clients that are looked after as well, or ``None``.
     """
 
-    def __init__(self, sessions: SessionGetter, store: FullStore, client_id: str, *, timeout: float) -> None:
+    def __init__(
+        self,
+        sessions: SessionGetter,
+        store: FullStore,
+        client_id: str,
+        *,
+        timeout: float,
+        others: Callable[[str], SessionGetter | None] = lambda client_id: None,
+    ) -> None:
         self._sessions = sessions
         self._store = store
         self._client_id = client_id
         self._timeout = timeout
+        self._others = others
 
     def accounts(self) -> Iterator[Account]:
         return (_account(key, record) for key, record in self._walk())
@@ -112,8 +122,11 @@ class Upkeep:
         except SessionError as error:
             return error.about(key)
 
-    def _is_mine(self, session: Session) -> bool:
-        return session.client_id in (None, self._client_id)
+    def _getter_of(self, session: Session | None) -> SessionGetter | None:
+        """Whose session it is, if it is looked after here."""
+        if session is None or session.client_id in (None, self._client_id):
+            return self._sessions
+        return self._others(session.client_id or "")
 
     # Keeping alive
 
@@ -191,7 +204,7 @@ class Upkeep:
         return sorted(due), unreadable, None
 
     def _can_be_refreshed(self, session: Session) -> bool:
-        return self._is_mine(session) and session.token_set.refresh_token is not None
+        return session.token_set.refresh_token is not None and self._getter_of(session) is not None
 
     def _refresh(
         self, key: str, last: float, servers: _Servers, deadline: float, cancel: threading.Event | None
@@ -203,7 +216,7 @@ class Upkeep:
         server = "" if session is None else session.token_set.aud
         servers.check(server, key)
         try:
-            self._sessions.get_session(
+            (self._getter_of(session) or self._sessions).get_session(
                 key,
                 True,
                 # What another worker brings between the look above and the next one is as good.
@@ -224,10 +237,10 @@ class Upkeep:
         for key, record in self._walk():
             if isinstance(record, SessionError):
                 log.warning("%s stays in the store: %s", printable(key), record)
-            elif self._is_mine(record) and self._is_unusable(record.token_set):
+            elif self._is_unusable(record.token_set) and (getter := self._getter_of(record)) is not None:
                 why = f"the session {printable(key)} has expired and has no refresh token; log in again"
                 try:
-                    is_deleted = self._sessions.delete_unusable(key, record, TokenRefreshError(why))
+                    is_deleted = getter.delete_unusable(key, record, TokenRefreshError(why))
                 except StoreError as error:
                     log.warning("%s stays in the store: %s", printable(key), error)
                 else:

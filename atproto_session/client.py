@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 from requests.auth import AuthBase
 from urllib3.util import Retry
 
+from . import _scripts
 from ._adapter import HardenedAdapter
 from ._flights import Flight, Flights
 from ._login import LoginFlow
@@ -22,7 +23,7 @@ from ._upkeep import IDLE, PACE, Account, CleanResult, KeepAliveResult, Upkeep
 from ._warm import warm_up
 from .discovery import Discovery
 from .dpop import NonceCache
-from .errors import SessionError, StoreError
+from .errors import ClientMetadataError, SessionError, StoreError
 from .identity import IdentityResolver, check_did
 from .keys import Keyset
 from .locks import Locks
@@ -166,11 +167,49 @@ class OAuthClient:
             client_id=metadata.client_id,
             times=times,
         )
-        self._upkeep = Upkeep(self.sessions, self._store, metadata.client_id, timeout=timeout)
+        self._upkeep = Upkeep(self.sessions, self._store, metadata.client_id, timeout=timeout, others=self._sessions_of)
+        # Only a client for scripts has them: the same with other scopes, by client_id, and how to make one.
+        self._others: dict[str, OAuthClient] = {}
+        self._make_other: Callable[[ClientMetadata], OAuthClient] | None = None
         if on_session_updated is not None:
             self.sessions.on_updated(on_session_updated)
         if on_session_deleted is not None:
             self.sessions.on_deleted(on_session_deleted)
+
+    @classmethod
+    def for_scripts(cls, *, scope: str = _scripts.SCOPE, **options: Any) -> Self:
+        """A client for the scripts of a person or a machine. It has the accounts that the command ``atproto-session
+        login`` has logged in: the same store, the same loopback client, the same encryption keys, from whatever
+        directory it is started.
+
+        Where they are is in the environment, or else the usual place:
+
+        * ``ATPROTO_SESSION_STORE``: the URL of the store; by default an SQLite file in the user's data directory, which
+          takes the extra ``cli``.
+        * ``ATPROTO_SESSION_ENCRYPTION_KEYS``: Fernet keys, separated by spaces or commas; or ``keyring``, for those in
+          the system's keyring, which takes the extra ``keyring``. By default none.
+        * ``ATPROTO_SESSION_PLC_DIRECTORY``, ``ATPROTO_SESSION_HANDLE_RESOLVER`` and ``ATPROTO_SESSION_ALLOW_HTTP=1``,
+          for development: ``atproto-session network`` says what they are.
+
+        A session stays with the ``client_id`` that got it, and in that of a loopback client are its scopes. So this
+        client is one with every loopback client in the store: whatever scopes an account has granted, it is restored,
+        refreshed, kept alive and signed out as the client that it granted them to.
+
+        :param scope: what log-ins that begin here ask for.
+        :param options: as for :class:`OAuthClient`; they count more than the environment.
+        :raises ClientMetadataError: ``scope`` cannot be asked for.
+        :raises StoreError: the store or the encryption keys cannot be had.
+        """
+        options = {**_scripts.network_options(), **options}
+        if "store" not in options:
+            options["store"] = _scripts.store_url()
+        if "encryption_keys" not in options and isinstance(options["store"], str):
+            options["encryption_keys"] = _scripts.encryption_keys()
+        client = cls(_scripts.metadata_of(scope), **options)
+        shared = {**options, "store": client._store, "encryption_keys": ()}
+        shared.pop("allow_plaintext", None)
+        client._make_other = lambda metadata: cls(metadata, **shared)
+        return client
 
     # Logging in
 
@@ -286,7 +325,8 @@ class OAuthClient:
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
         key = _key_of(did, session_id)
-        return self._open(key, self.sessions.get_session(key, refresh))
+        client = self._client_of(key)
+        return client._open(key, client.sessions.get_session(key, refresh))
 
     def auth(self, did: str, *, session_id: str | None = None) -> AuthBase:
         """Authentication as the account, for code that brings a ``requests.Session`` of its own.
@@ -294,7 +334,8 @@ class OAuthClient:
         :raises IdentityError: ``did`` is not a DID.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
-        return AccountAuth(self._signer(_key_of(did, session_id)), self._pool)
+        key = _key_of(did, session_id)
+        return AccountAuth(self._client_of(key)._signer(key), self._pool)
 
     def revoke(self, did: str, *, session_id: str | None = None) -> None:
         """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
@@ -303,7 +344,8 @@ class OAuthClient:
         :raises StoreError: the store cannot be written.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
-        self.sessions.delete_stored(_key_of(did, session_id), revoke=True)
+        key = _key_of(did, session_id)
+        self._client_of(key).sessions.delete_stored(key, revoke=True)
 
     # Looking after the store
 
@@ -364,6 +406,8 @@ class OAuthClient:
     def close(self) -> None:
         """Wait for refreshes under way and close the connections; and the store, if it was given as a URL. What would
         need a refresh afterwards raises :class:`.SessionError`."""
+        for other in list(self._others.values()):
+            other.close()
         self._flights.close()
         self.sessions.close()
         self._pool.close()
@@ -388,6 +432,34 @@ class OAuthClient:
 
     def _signer(self, key: str, session: Session | None = None) -> Signer:
         return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session, refusals=self._refusals)
+
+    def _client_of(self, key: str) -> OAuthClient:
+        """This client, or the one that the session under ``key`` belongs to, if this is one with it."""
+        if self._make_other is None:
+            return self
+        try:
+            session = self._store.get(key)
+        except StoreError:  # the next to read it will say so
+            return self
+        return (session and session.client_id and self._other(session.client_id)) or self
+
+    def _sessions_of(self, client_id: str) -> SessionGetter | None:
+        other = self._other(client_id)
+        return None if other is None else other.sessions
+
+    def _other(self, client_id: str) -> OAuthClient | None:
+        """The loopback client ``client_id``, if this client may be that one as well."""
+        if self._make_other is None or client_id == self.metadata.client_id:
+            return None
+        if client_id not in self._others:
+            try:
+                metadata = ClientMetadata(client_id)
+            except ClientMetadataError:
+                return None
+            if not metadata.is_loopback:
+                return None
+            self._others.setdefault(client_id, self._make_other(metadata))
+        return self._others[client_id]
 
     def _open(self, key: str, session: Session) -> OAuthSession:
         return OAuthSession(self._signer(key, session), self._pool, session, retries=self._retries)

@@ -27,7 +27,7 @@ FLOORS = [
     ["transport", "_signer", "_upkeep"],
     ["identity"],
     ["discovery", "metadata"],
-    ["client_auth"],
+    ["client_auth", "_scripts"],
     ["server", "oauth_session", "_warm"],
     ["_login"],
     ["client"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from atproto_session.testing.network import Account, LocalNetwork, MethodError, Request, Response
@@ -12,7 +14,7 @@ from .raw import LoggedIn, error_of
 CREATE = "/xrpc/com.atproto.repo.createRecord"
 
 
-def post(alice: LoggedIn, path: str, **options: object) -> tuple[int, str, str]:
+def post(alice: LoggedIn, path: str, **options: Any) -> tuple[int, str, str]:
     answer = alice.client.call(alice.client.issuer, path, alice.tokens.access, method="POST", **options)
     return answer.status_code, *error_of(answer)
 
