@@ -134,6 +134,7 @@ def stage(network: LocalNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(atproto_session, "OAuthClient", stage.client_class())
     monkeypatch.setattr(builtins, "input", stage.browse)
     monkeypatch.setenv("ATPROTO_CLIENT_KEYS", json.dumps(generate_jwk()))
+    monkeypatch.setenv("ATPROTO_SESSION_STORE", f"sqlite:///{tmp_path}/scripts.db")
     yield stage
     for client in stage.clients:
         client.close()
