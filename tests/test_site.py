@@ -11,6 +11,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
+import atproto_session
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -68,6 +70,7 @@ def test_the_site_is_whole(site: Path) -> None:
     titles = json.loads((site / "searchindex.js").read_text("utf-8").removeprefix("Search.setIndex(").rstrip(");"))
     assert "quickstart" in titles["docnames"]
     assert '<svg class="sequence"' in pages[site / "refreshing.html"].text
+    assert {f"atproto_session.{name}" for name in atproto_session.__all__} <= pages[site / "api.html"].ids
     assert "example-script-py" in pages[site / "examples.html"].ids
     assert "theme-toggle" in pages[site / "index.html"].text
     listed = pages[site / "index.html"]

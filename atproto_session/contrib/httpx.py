@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import httpx
 import requests
 import urllib3
-from requests.structures import CaseInsensitiveDict
 from requests.utils import default_headers
 
 from .._adapter import Bounds
@@ -103,9 +102,9 @@ def _prepared(request: httpx.Request) -> requests.PreparedRequest:
     prepared = requests.PreparedRequest()
     prepared.prepare_method(request.method)
     prepared.prepare_url(str(request.url), None)
-    prepared.headers = CaseInsensitiveDict(
-        (name, value) for name, value in request.headers.items() if name not in _LEFT_OUT
-    )
+    coding = request.headers.encoding
+    kept = [(name, value) for name, value in request.headers.items() if name not in _LEFT_OUT]
+    prepared.prepare_headers({name: value.encode(coding).decode("latin-1") for name, value in kept})  # the same bytes
     # Who undoes the coding may be either of them, so it is one that both know.
     prepared.headers["Accept-Encoding"] = _known_codings(request.headers.get("Accept-Encoding", ""))
     try:

@@ -15,13 +15,21 @@ import httpx
 import pytest
 import requests
 import urllib3
+from urllib3.util import Retry
 
-from atproto_session import LockTimeoutError, OAuthClient, OAuthSession, SessionNotFoundError, TransportError
+from atproto_session import (
+    ClientMetadata,
+    LockTimeoutError,
+    OAuthClient,
+    OAuthSession,
+    SessionNotFoundError,
+    TransportError,
+)
 from atproto_session.contrib.httpx import Client, OAuthTransport
 from atproto_session.testing.network import Account, LocalNetwork, Request, Response
 
 from ..core import Worker
-from ..scenes import ECHO, GET_SESSION, store_tokens
+from ..scenes import ECHO, GET_SESSION, log_in, store_tokens
 
 
 @pytest.fixture
@@ -96,7 +104,30 @@ def test_redirects_are_httpx_s(http: httpx.Client) -> None:
     assert (response.status_code, len(response.history)) == (200, 1)
 
 
+def test_headers_arrive_as_httpx_writes_them(http: httpx.Client) -> None:
+    sent = [(b"X-Two", b"a"), (b"X-Two", b"b"), (b"X-Far", "日本".encode())]
+    seen = http.get(ECHO, headers=sent).json()["headers"]
+    assert seen["x-two"] == "a, b"
+    assert seen["x-far"].encode("latin-1").decode() == "日本"
+    with pytest.raises(httpx.LocalProtocolError, match="header"):
+        http.get(ECHO, headers={"X-Two": "lines\nof text"})
+
+
 # Tokens
+
+
+def test_each_try_has_a_proof_of_its_own(network: LocalNetwork, account: Account) -> None:
+    """The server has seen the proof of the first try, and takes it once."""
+    metadata = ClientMetadata.loopback(scope="atproto transition:generic")
+    eager = Retry(3, status_forcelist=[503], allowed_methods=None)
+    with OAuthClient(metadata, store="memory:", retries=eager, **network.client_options()) as client:
+        session = log_in(network, client, account)
+        session._signer._sleep = lambda seconds: None
+        with Client(session) as http:
+            http.get(ECHO)
+            fault = network.fault("resource", "status", processed=True, times=2)
+            assert http.post(ECHO, content=b"hello").json()["length"] == 5
+    assert fault.count == 2
 
 
 def test_an_expired_token_is_refreshed_once(http: httpx.Client, network: LocalNetwork, client: OAuthClient) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atproto_session import ClientMetadata, OAuthClient, OAuthSession
-from atproto_session.testing.network import Account
+from atproto_session.testing.network import Account, LocalNetwork
 from tests.network.raw import REDIRECT_URI, SCOPE, LoggedIn, RawClient
 from tests.pds.by_hand import take_over
 from tests.pds.harness import Browser, RealPDS
@@ -111,3 +113,24 @@ def session(real_pds: RealPDS, browser: Browser, client: OAuthClient, pds_accoun
 def by_hand(client: OAuthClient, session: OAuthSession, pds_account: Account) -> LoggedIn:
     """That session, to be used behind the library's back."""
     return take_over(client, pds_account)
+
+
+@dataclass(frozen=True)
+class World:
+    """A server and an account, for what has to work on the local network and on the real PDS alike."""
+
+    url: str
+    account: Account
+    authorize: Callable[[str, Account], str]
+    client_options: dict[str, Any]
+
+
+@pytest.fixture(params=["local", "real"])
+def server(request: pytest.FixtureRequest) -> Iterator[World]:
+    if request.param == "local":
+        with LocalNetwork() as network:
+            yield World(network.pds_url, network.create_account(), network.authorize, network.client_options())
+    else:
+        pds, browser = request.getfixturevalue("real_pds"), request.getfixturevalue("browser")
+        account = request.getfixturevalue("pds_account")
+        yield World(pds.pds_url, account, browser.authorize, pds.client_options())

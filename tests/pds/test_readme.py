@@ -11,12 +11,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import requests
 
-from atproto_session.testing.network import Account
+from atproto_session import ClientMetadata, OAuthClient
 from tests.core import SOON
 from tests.distribution import build
-from tests.pds.harness import Browser, RealPDS
+from tests.network.raw import SCOPE
+from tests.pds.conftest import World
 from tests.processes import ROOT
 
 PROGRAM = ROOT / "tests" / "programs" / "readme.py"
@@ -49,10 +49,8 @@ def first_code() -> str:
     return textwrap.dedent(code.group(1))
 
 
-def test_the_first_log_in_and_the_first_post(
-    installed: Path, real_pds: RealPDS, browser: Browser, pds_account: Account, tmp_path: Path
-) -> None:
-    given = json.dumps([first_code(), pds_account.handle, real_pds.client_options()])
+def test_the_first_log_in_and_the_first_post(installed: Path, server: World, tmp_path: Path) -> None:
+    given = json.dumps([first_code(), server.account.handle, server.client_options])
     program = subprocess.Popen(
         [sys.executable, str(PROGRAM), given],
         env={**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"},
@@ -67,18 +65,18 @@ def test_the_first_log_in_and_the_first_post(
         transcript = [program.stdout.readline(), program.stdout.readline()]
         assert Path(transcript[0].strip()) == installed / "atproto_session" / "__init__.py"
         assert transcript[1].startswith("Open http")
-        callback = browser.authorize(transcript[1].split()[1], pds_account)
+        callback = server.authorize(transcript[1].split()[1], server.account)
         print(callback, file=program.stdin, flush=True)
         transcript.append(program.communicate(timeout=SOON)[0])
     assert program.returncode == 0, transcript
     uri = transcript[2].removeprefix("Paste the address that the browser ends at: ").strip()
-    assert re.fullmatch(rf"at://{pds_account.did}/app\.bsky\.feed\.post/\w+", uri)
+    assert re.fullmatch(rf"at://{server.account.did}/app\.bsky\.feed\.post/\w+", uri)
     assert (tmp_path / "sessions.db").is_file()
 
     repo, collection, rkey = uri.removeprefix("at://").split("/")
-    there = requests.get(
-        f"{real_pds.pds_url}/xrpc/com.atproto.repo.getRecord",
-        params={"repo": repo, "collection": collection, "rkey": rkey},
-        timeout=SOON,
-    )
+    with OAuthClient(
+        ClientMetadata.loopback(SCOPE), store=f"sqlite:///{tmp_path}/sessions.db", **server.client_options
+    ) as client:
+        where = {"repo": repo, "collection": collection, "rkey": rkey}
+        there = client.restore(server.account.did).get("/xrpc/com.atproto.repo.getRecord", params=where)
     assert there.json()["value"]["text"] == "Hello"
