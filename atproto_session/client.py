@@ -11,6 +11,7 @@ from requests.auth import AuthBase
 from urllib3.util import Retry
 
 from ._adapter import HardenedAdapter
+from ._environment import Environment
 from ._flights import Flight, Flights
 from ._login import LoginFlow
 from ._records import log
@@ -103,6 +104,7 @@ class OAuthClient:
         strict: bool = False,
         trusted_hosts: Iterable[str] = (),
         retries: Retry | int | None = None,
+        trust_env: bool = True,
     ) -> None:
         warm_up()
         metadata.check_with_keyset(keyset)
@@ -129,9 +131,15 @@ class OAuthClient:
         self._nonces = NonceCache(strict=strict)
         self._refusals = Refusals()
         self._retries = retries
-        self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts)
+        self._environment = Environment(trusted=trust_env)
+        self._transport = Transport(
+            allow_http=allow_http, trusted_hosts=trusted_hosts, environment=self._environment
+        )
         self._pool = HardenedAdapter(
-            allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS, trusted_hosts=self._transport.trusted_hosts
+            allow_http=allow_http,
+            pool_maxsize=_IDLE_CONNECTIONS,
+            trusted_hosts=self._transport.trusted_hosts,
+            contexts=self._transport.contexts,
         )
         self._identities = IdentityResolver(
             self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
@@ -279,7 +287,7 @@ class OAuthClient:
         :raises IdentityError: ``did`` is not a DID.
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
-        return AccountAuth(self._signer(_key_of(did, session_id)), self._pool)
+        return AccountAuth(self._signer(_key_of(did, session_id)), self._pool, self._environment)
 
     def revoke(self, did: str, *, session_id: str | None = None) -> None:
         """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
@@ -296,6 +304,7 @@ class OAuthClient:
         self._flights.close()
         self.sessions.close()
         self._pool.close()
+        self._transport.close()
         if self._owns_store:
             self._store.close()
 
@@ -319,7 +328,7 @@ class OAuthClient:
         return Signer(self.sessions, key, self._nonces, timeout=self._timeout, session=session, refusals=self._refusals)
 
     def _open(self, key: str, session: Session) -> OAuthSession:
-        return OAuthSession(self._signer(key, session), self._pool, session, retries=self._retries)
+        return OAuthSession(self._signer(key, session), self._pool, session, self._environment, retries=self._retries)
 
 
 def _key_of(did: str, session_id: str | None) -> str:

@@ -17,8 +17,8 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "_fork", "_urls", "_worker", "_bodies"],
-    ["session", "keys", "_threads"],
+    ["errors", "_fork", "_urls", "_worker", "_bodies", "_environment"],
+    ["session", "keys", "_threads", "_tls"],
     ["dpop", "locks", "_flights"],
     ["stores", "_steps", "_terms", "cached_getter", "_recent"],
     ["_records", "_rests"],

@@ -544,10 +544,12 @@ def test_a_proxy_of_the_environment_is_used_and_its_own_address_is_the_operators
     certificates.issue_cert("pds.example.com").configure_cert(server_side)
     certificates.cert_pem.write_to_path(tmp_path / "ca.pem")
     with ScriptedServer(replying(answer(200, b"tunnelled")), tls=server_side) as server, Proxy(server.port) as proxy:
-        transport = Transport(ca_bundle=str(tmp_path / "ca.pem"))
+        ca_bundle = str(tmp_path / "ca.pem")
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:word@127.0.0.1:{proxy.port}")
-        assert transport.request("GET", "https://pds.example.com/").body == b"tunnelled"
+        transport = Transport(ca_bundle=ca_bundle)
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        assert transport.request("GET", "https://pds.example.com/").body == b"tunnelled", "the environment is read once"
+        transport = Transport(ca_bundle=ca_bundle)
         with pytest.raises(TransportError, match="407") as declined:
             transport.request("GET", "https://pds.example.com/")
         with pytest.raises(TransportError, match="full name"):
