@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
@@ -21,6 +22,7 @@ from urllib3.util import Retry, Timeout
 
 from ._adapter import Bounds, HardenedAdapter
 from ._environment import Environment
+from ._fork import importing
 from ._signer import Flow, Signer, let_go, rewind
 from ._urls import origin
 from .errors import TransportError, printable
@@ -30,8 +32,8 @@ from .session import Session, TokenInfo, subject_of
 _DEFAULT_TIMEOUT = (10.0, 60.0)
 #: A ``RateLimit-Reset`` from here on is a time, in seconds since 1970; below, it is seconds from now.
 _A_DATE = 1_000_000_000
-#: What a session of requests has when it is new.
-_LIKE = requests.Session()
+#: What a new session of requests has.
+_new_session = functools.cache(requests.Session)
 
 
 class DPoPAdapter(BaseAdapter):
@@ -203,8 +205,9 @@ class OAuthSession(requests.Session):
         self._environment = environment
         self.total_timeout: float | None = None
         # As requests.Session.__init__ does, but for the adapters that it makes, here to be thrown away.
-        self.__dict__.update(vars(_LIKE))
-        self.headers = _LIKE.headers.copy()
+        like = _new_session()
+        self.__dict__.update(vars(like))
+        self.headers = CaseInsensitiveDict(like.headers)
         self.proxies, self.params, self.hooks = {}, {}, default_hooks()
         self.cookies = RequestsCookieJar()
         self.adapters = OrderedDict([("", self._adapter)])
@@ -235,18 +238,19 @@ class OAuthSession(requests.Session):
         request.url = self._adapter.audience + url if is_path else urljoin(self._adapter.audience, url)
         # What requests does, but ~/.netrc is not looked at, and nothing is merged where there is one side only.
         prepared = requests.PreparedRequest()
-        prepared.prepare(
-            method=(request.method or "").upper(),
-            url=request.url,
-            files=request.files,
-            data=request.data,
-            json=request.json,
-            headers=_merged(request.headers, self.headers, CaseInsensitiveDict),
-            params=_merged(request.params, self.params) or None,
-            auth=self.auth if request.auth is None else request.auth,
-            cookies=merge_cookies(merge_cookies(RequestsCookieJar(), self.cookies), request.cookies or {}),
-            hooks=merge_hooks(request.hooks, self.hooks),
-        )
+        with nullcontext() if url.isascii() else importing():  # a name beyond ASCII needs the tables of Unicode
+            prepared.prepare(
+                method=(request.method or "").upper(),
+                url=request.url,
+                files=request.files,
+                data=request.data,
+                json=request.json,
+                headers=_merged(request.headers, self.headers, CaseInsensitiveDict),
+                params=_merged(request.params, self.params) or None,
+                auth=self.auth if request.auth is None else request.auth,
+                cookies=merge_cookies(merge_cookies(RequestsCookieJar(), self.cookies), request.cookies or {}),
+                hooks=merge_hooks(request.hooks, self.hooks),
+            )
         return prepared
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:

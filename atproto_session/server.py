@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import email.utils
-import html
 import itertools
 import logging
 import math
@@ -22,6 +21,7 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from ._flights import alongside
+from ._fork import importing
 from ._urls import origin
 from .client_auth import authentication_params, resolve_stored
 from .discovery import Discovery, ServerMetadata
@@ -370,6 +370,8 @@ def _without(parts: Collection[str], text: str) -> str:
 
 
 def _decoded(text: str) -> str:
+    with importing():
+        import html  # it has all names that there are
     plain = html.unescape(unquote(text))
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), plain)
     return re.sub(r"\\(.)", r"\1", plain)

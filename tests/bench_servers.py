@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -20,9 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
-
-import requests
-import trustme
 
 DOMAIN = "bench.example.com"
 DIRECTORY = f"https://plc.{DOMAIN}"
@@ -138,6 +134,9 @@ def serve(connection: socket.socket, context: ssl.SSLContext, answers: Answers) 
 
 def main() -> None:
     """Serve until the standard input ends. The first line of the output is the port."""
+    import requests  # not above: the programs whose start is measured import this module, too
+    import trustme
+
     directory, servers, lifetime, latency = json.loads(sys.argv[1])
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -162,6 +161,8 @@ def running(
     directory: Path, *, servers: int = 1, lifetime: float = 3600.0, latency: float = 0.0
 ) -> Iterator[dict[str, str]]:
     """The servers, and the variables of the environment by which a process finds them (:func:`lead_there`)."""
+    import subprocess
+
     settings = json.dumps([str(directory), servers, lifetime, latency])
     with subprocess.Popen(
         [sys.executable, __file__, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -24,7 +24,7 @@ FLOORS = [
     ["_records", "_rests"],
     ["refresh", "_driver"],
     ["session_getter", "_adapter"],
-    ["transport", "_signer"],
+    ["transport", "_signer", "_dns"],
     ["identity"],
     ["discovery", "metadata"],
     ["client_auth"],
