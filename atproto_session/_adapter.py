@@ -565,7 +565,10 @@ class HardenedAdapter(HTTPAdapter):
         # takes the settings of the connection behind it.
         over_tls = pool.proxy is not None and pool.proxy.scheme == "https"
         if pool.scheme == "https" and verify and cert is None and not over_tls:
-            pool.conn_kw["ssl_context"] = self._contexts.get(None if verify is True else verify)
+            try:
+                pool.conn_kw["ssl_context"] = self._contexts.get(None if verify is True else verify)
+            except ssl.SSLError as error:  # it holds no certificates
+                raise requests.exceptions.SSLError(error, request=request) from error
         # Not among the pool manager's options: it makes its keys of those that it knows, and knows no others.
         pool.conn_kw["network"] = self._network
         if pool.pool is not None:  # which it is where the pool manager has just closed it

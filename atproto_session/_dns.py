@@ -4,7 +4,7 @@ programs never need it.
 
 from __future__ import annotations
 
-import dns.edns  # noqa: F401 - dnspython would import it when the first answer comes
+import dns.edns
 import dns.exception
 import dns.name
 import dns.rdata

@@ -7,7 +7,12 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from urllib.parse import urlsplit
-from urllib.request import getproxies, getproxies_environment, proxy_bypass, proxy_bypass_environment
+from urllib.request import (
+    getproxies,
+    getproxies_environment,
+    proxy_bypass,
+    proxy_bypass_environment,  # type: ignore[attr-defined]  # not in the stubs
+)
 
 from requests.utils import address_in_network, is_ipv4_address, is_valid_cidr
 

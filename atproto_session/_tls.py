@@ -1,5 +1,5 @@
-"""TLS contexts that many connections share. To make one costs as much as 30 handshakes, nearly all of it for reading the
-certificates that are trusted.
+"""TLS contexts that many connections share. To make one costs as much as 30 handshakes: the certificates that are
+trusted have to be read.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ class Contexts:
     def get(self, ca_bundle: str | None) -> SharedContext:
         """
         :param ca_bundle: a file or a directory; ``None``: the certificates that requests brings.
-        :raises OSError: it cannot be read.
+        :raises OSError: it is not there, or cannot be read.
         """
         path = ca_bundle or DEFAULT_CA_BUNDLE_PATH
+        if not os.path.exists(path):  # noqa: PTH110
+            raise OSError(f"Could not find a suitable TLS CA certificate bundle, invalid path: {path}")
         context = self._contexts.get(path)
         return self._contexts.setdefault(path, SharedContext(path)) if context is None else context

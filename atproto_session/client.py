@@ -132,9 +132,7 @@ class OAuthClient:
         self._refusals = Refusals()
         self._retries = retries
         self._environment = Environment(trusted=trust_env)
-        self._transport = Transport(
-            allow_http=allow_http, trusted_hosts=trusted_hosts, environment=self._environment
-        )
+        self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts, environment=self._environment)
         self._pool = HardenedAdapter(
             allow_http=allow_http,
             pool_maxsize=_IDLE_CONNECTIONS,

@@ -107,6 +107,7 @@ def parse_account(text: str, *, allow_http: bool = False, trusted: TrustedHosts 
         try:
             with importing():
                 import idna  # the tables of Unicode come with it
+
                 name = idna.encode(name.lower()).decode("ascii")
         except UnicodeError:  # IDNAError is one
             raise IdentityError(

@@ -236,6 +236,7 @@ class OAuthSession(requests.Session):
             )
         is_path = url.startswith("/") and "//" not in url and "/." not in url
         request.url = self._adapter.audience + url if is_path else urljoin(self._adapter.audience, url)
+        cookies: Any = merge_cookies(RequestsCookieJar(), self.cookies)  # type: ignore[no-untyped-call]
         # What requests does, but ~/.netrc is not looked at, and nothing is merged where there is one side only.
         prepared = requests.PreparedRequest()
         with nullcontext() if url.isascii() else importing():  # a name beyond ASCII needs the tables of Unicode
@@ -248,8 +249,8 @@ class OAuthSession(requests.Session):
                 headers=_merged(request.headers, self.headers, CaseInsensitiveDict),
                 params=_merged(request.params, self.params) or None,
                 auth=self.auth if request.auth is None else request.auth,
-                cookies=merge_cookies(merge_cookies(RequestsCookieJar(), self.cookies), request.cookies or {}),
-                hooks=merge_hooks(request.hooks, self.hooks),
+                cookies=merge_cookies(cookies, request.cookies or {}),  # type: ignore[no-untyped-call]
+                hooks=merge_hooks(request.hooks, self.hooks),  # type: ignore[no-untyped-call]
             )
         return prepared
 
@@ -270,17 +271,17 @@ class OAuthSession(requests.Session):
             options["timeout"] = Bounds(within=self.total_timeout, **waits)
         return super().send(request, **options)
 
-    def merge_environment_settings(  # noqa: PLR0917 - as in requests
-        self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any
-    ) -> dict[str, Any]:
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         """As in requests, from the environment as it was when the client was made."""
         if self.trust_env and (verify is None or verify is True):
             verify = self._environment.ca_bundle or verify
         given = proxies or {}
         found = self._environment.proxies_for(url, given.get("no_proxy")) if self.trust_env else {}
-        merged = {**(self.proxies or {}), **found, **given}
+        merged = {**found, **given}
+        if self.proxies is not None:
+            merged = {name: proxy for name, proxy in {**self.proxies, **merged}.items() if proxy is not None}
         return {
-            "proxies": {name: proxy for name, proxy in merged.items() if proxy is not None},
+            "proxies": merged,
             "stream": self.stream if stream is None else stream,
             "verify": self.verify if verify is None else verify,
             "cert": self.cert if cert is None else cert,
@@ -291,7 +292,7 @@ class OAuthSession(requests.Session):
         resolved = self._resolved(prepared_request.url, proxies or {})
         trusted, self.trust_env = self.trust_env, False  # requests would read it again
         try:
-            return super().rebuild_proxies(prepared_request, resolved)
+            return super().rebuild_proxies(prepared_request, resolved)  # type: ignore[no-untyped-call]
         finally:
             self.trust_env = trusted
 
@@ -428,11 +429,11 @@ def _read_refusal(response: requests.Response, stream: bool) -> None:
         response.content  # noqa: B018
 
 
-def _merged(of_request: Any, of_session: Any, kind: type = OrderedDict) -> Any:
+def _merged(of_request: Any, of_session: Any, kind: Any = OrderedDict) -> Any:
     """As ``merge_setting`` of requests, in less time where the request has nothing of its own."""
     if not of_request and isinstance(of_session, kind | dict) and None not in of_session.values():
         return of_session
-    return merge_setting(of_request, of_session, kind)
+    return merge_setting(of_request, of_session, kind)  # type: ignore[no-untyped-call]
 
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:

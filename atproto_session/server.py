@@ -283,7 +283,7 @@ class AccountAuthority:
     def prepare(self, session: Session) -> Callable[[Session], Session]:
         """See :meth:`.Authority.prepare`."""
         tokens = session.token_set
-        find_server = partial(self.server, tokens.iss)
+        find_server: Callable[[], AuthorizationServer] = partial(self.server, tokens.iss)
         if not self._discovery.knows(tokens.iss):
             find_server = alongside(find_server, _ASIDE)
         aud = self.audience(tokens.sub, tokens.iss, tokens.aud)

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import bench_servers
+from . import bench_servers
 
 bench_servers.lead_there()
 

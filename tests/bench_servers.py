@@ -165,7 +165,7 @@ def running(
 
     settings = json.dumps([str(directory), servers, lifetime, latency])
     with subprocess.Popen(
-        [sys.executable, __file__, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", __spec__.name, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the servers have no pipes")
@@ -183,7 +183,7 @@ def lead_there() -> None:
     def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[Any, ...]]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
 
-    socket.getaddrinfo = getaddrinfo
+    socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

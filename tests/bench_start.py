@@ -2,21 +2,17 @@
 and ``bare`` (the same with requests alone)."""
 
 import sys
+from importlib import import_module
 
 what, *arguments = sys.argv[1:]
 if what == "imports":
-    import atproto_session
+    import_module("atproto_session")
 elif what == "dependencies":
     # What the library is made of, but for dnspython, which it imports when the first handle is looked up.
-    import cryptography.hazmat.primitives.asymmetric.ec
-    import cryptography.hazmat.primitives.serialization
-    import filelock
-    import idna
-    import jwt
-    import requests
-    import urllib3
+    for name in ("requests", "urllib3", "idna", "cryptography.hazmat.primitives.asymmetric.ec", "jwt", "filelock"):
+        import_module(name)
 elif what in ("first", "bare"):
-    import bench_servers
+    from . import bench_servers
 
     bench_servers.lead_there()
     if what == "first":
