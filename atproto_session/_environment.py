@@ -7,11 +7,11 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from urllib.parse import urlsplit
-from urllib.request import (
+from urllib.request import (  # type: ignore[attr-defined]  # one is not in the stubs
     getproxies,
     getproxies_environment,
     proxy_bypass,
-    proxy_bypass_environment,  # type: ignore[attr-defined]  # not in the stubs
+    proxy_bypass_environment,
 )
 
 from requests.utils import address_in_network, is_ipv4_address, is_valid_cidr

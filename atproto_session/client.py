@@ -77,6 +77,8 @@ class OAuthClient:
         development and self-hosting; with ``allow_http`` over http, too.
     :param retries: which requests of an :class:`.OAuthSession` are sent again after a failure, and when; by default
         none. Nothing that spends or asks for tokens is.
+    :param trust_env: use the proxies and the certificates that the environment names (``HTTPS_PROXY``, ``NO_PROXY``,
+        ``REQUESTS_CA_BUNDLE``). They are read now, once for the client.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises StoreError: the store cannot be used.
     :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
