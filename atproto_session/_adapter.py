@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import ipaddress
 import queue
 import socket
 import ssl
@@ -35,6 +36,7 @@ from urllib3.util import Timeout
 
 from ._fork import Turns, reset_in_child
 from ._threads import Promise, spawn
+from ._tls import Contexts, SharedContext
 from ._urls import NOBODY, TrustedHosts, is_public_address, is_public_or_loopback
 from .errors import TransportError
 
@@ -110,6 +112,8 @@ class Bounds(Timeout):
     :param is_whole: tells of all bytes that have arrived whether nothing more is needed. The bytes are kept for it.
     :ivar sent: the server may have seen something of the request. As long as it is ``False`` it provably has not: the
         name did not resolve, the connection was refused, the TLS handshake failed, the proxy declined.
+    :ivar reused: the connection had carried a request before.
+    :ivar answered: something of the answer has arrived.
     :ivar received: all bytes that have arrived, where ``is_whole`` was given.
     :ivar ended_early: the answer was whole before its server ended it.
     """
@@ -129,6 +133,8 @@ class Bounds(Timeout):
         self.look_up = look_up
         self.is_whole = is_whole
         self.sent = False
+        self.reused = False
+        self.answered = False
         self.received = bytearray()
         self.ended_early = False
         self._bytes_left = max_bytes
@@ -157,14 +163,15 @@ class Bounds(Timeout):
         """Whether there is no time left."""
         return self.deadline is None or time.monotonic() >= self.deadline
 
-    def begin(self) -> None:
+    def begin(self, *, reused: bool) -> None:
         """The request is about to leave."""
-        self.sent = True
+        self.sent, self.reused, self.answered = True, reused, False
         self.close()  # what belongs to the answer of a proxy
         self.received.clear()
 
     def keep(self, piece: memoryview) -> None:
         """Count ``piece``, which has arrived, and keep it if it is needed."""
+        self.answered = self.answered or len(piece) > 0
         if self._bytes_left is not None:
             self._bytes_left -= len(piece)
             if self._bytes_left < 0:
@@ -305,8 +312,10 @@ class _Connection(HTTPConnection):
     def __init__(self, *args: Any, network: Network | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self._network = network or Network()
+        self._is_used = False
 
     def _new_conn(self) -> socket.socket:
+        self._is_used = False
         try:
             connected = self._connect_to_one_address()
         except socket.gaierror as error:
@@ -362,6 +371,8 @@ class _Connection(HTTPConnection):
     def _look_up(self, *bounds: float | None) -> list[tuple[Any, ...]]:
         left = _time_left(*bounds)
         host = self.host.strip("[]")
+        if _is_address(host):
+            left = None  # nobody is asked
 
         def look_up() -> list[tuple[Any, ...]]:
             with _look_ups.turn():
@@ -376,12 +387,29 @@ class _Connection(HTTPConnection):
             self.connect()
         if bounds.deadline is not None:
             self.timeout = _time_left(bounds.deadline)
-        bounds.begin()
+        bounds.begin(reused=self._is_used)
+        self._is_used = True
         super().request(*args, **options)
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class _TLSConnection(_Connection, HTTPSConnection):
-    pass
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if isinstance(self.ssl_context, SharedContext):
+            self.ca_certs = self.ca_cert_dir = None  # it has them; urllib3 would read them again
+
+    def close(self) -> None:
+        if isinstance(self.ssl_context, SharedContext):
+            self.ssl_context.remember(self.sock)
+        super().close()
 
 
 class _IdleSlot:
@@ -389,6 +417,7 @@ class _IdleSlot:
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
+        self.since = time.monotonic()
 
 
 class _Idle(queue.LifoQueue[Any]):
@@ -396,7 +425,8 @@ class _Idle(queue.LifoQueue[Any]):
     process forks, and the child, where nobody releases it, would stop for ever when it drops the pool or exits.
 
     :ivar everywhere: those of all pools of an adapter, oldest first, with the pool of each. The oldest are closed when
-        there are too many.
+        there are more than ``most``.
+    :ivar longest: for how long one may be idle, in seconds.
     """
 
     # Lists and dictionaries do what is asked of them here in one step.
@@ -406,17 +436,24 @@ class _Idle(queue.LifoQueue[Any]):
         self._slots: list[_IdleSlot] = []
         self.everywhere: dict[_IdleSlot, _Idle] = {}
         self.most = maxsize
+        self.longest = float("inf")
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        try:
-            slot = self._slots.pop()
-        except IndexError:
-            raise queue.Empty from None
-        self.everywhere.pop(slot, None)
-        return slot.connection
+        while True:
+            try:
+                slot = self._slots.pop()
+            except IndexError:
+                raise queue.Empty from None
+            self.everywhere.pop(slot, None)
+            if time.monotonic() - slot.since <= self.longest:
+                return slot.connection
+            slot.connection.close()
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         if item is None:  # which urllib3 fills its queues with
+            return
+        if not self.most:
+            item.close()
             return
         if len(self._slots) >= self._maxsize:
             raise queue.Full
@@ -461,7 +498,10 @@ class HardenedAdapter(HTTPAdapter):
     :param allow_http: for development: loopback addresses are allowed.
     :param pool_connections: of how many servers connections are kept.
     :param pool_maxsize: how many idle connections are kept for each server.
-    :param max_idle: how many idle connections are kept in all; the ones that have been idle longest are closed.
+    :param max_idle: how many idle connections are kept in all; the ones that have been idle longest are closed. With 0
+        each request has a connection of its own.
+    :param idle_for: for how long a connection is kept idle, in seconds.
+    :param contexts: the TLS contexts, if they are to be shared with another adapter.
     :param network: replaces the policy for addresses and the look-up of names, for tests and unusual networks.
     :param trusted_hosts: names, addresses and networks (CIDR) that may be private.
     :raises ValueError: an entry of ``trusted_hosts`` is none of these.
@@ -474,11 +514,15 @@ class HardenedAdapter(HTTPAdapter):
         pool_connections: int = 1000,
         pool_maxsize: int = 10,
         max_idle: int = 256,
+        idle_for: float = float("inf"),
+        contexts: Contexts | None = None,
         network: Network | None = None,
         trusted_hosts: TrustedHosts | Iterable[str] = (),
     ) -> None:
         self._network = (network or Network.default(allow_http=allow_http)).trusting(trusted_hosts)
         self._servers, self._maxsize, self._max_idle = pool_connections, pool_maxsize, max_idle
+        self._idle_for = idle_for
+        self._contexts = contexts or Contexts()
         self._idle: dict[_IdleSlot, _Idle] = {}
         super().__init__(pool_connections=pool_connections, pool_maxsize=pool_maxsize, max_retries=0)
         reset_in_child(self)
@@ -513,12 +557,23 @@ class HardenedAdapter(HTTPAdapter):
         manager.pool_classes_by_scheme = _POOLS
         return manager
 
-    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **options)
+    def get_connection_with_tls_context(
+        self, request: requests.PreparedRequest, verify: Any, proxies: Any = None, cert: Any = None
+    ) -> Any:
+        pool: Any = super().get_connection_with_tls_context(request, verify, proxies, cert)
+        # A client's certificate would become one of all connections. For a proxy that is spoken to over TLS, urllib3
+        # takes the settings of the connection behind it.
+        over_tls = pool.proxy is not None and pool.proxy.scheme == "https"
+        if pool.scheme == "https" and verify and cert is None and not over_tls:
+            try:
+                pool.conn_kw["ssl_context"] = self._contexts.get(None if verify is True else verify)
+            except ssl.SSLError as error:  # it holds no certificates
+                raise requests.exceptions.SSLError(error, request=request) from error
         # Not among the pool manager's options: it makes its keys of those that it knows, and knows no others.
         pool.conn_kw["network"] = self._network
         if pool.pool is not None:  # which it is where the pool manager has just closed it
             pool.pool.everywhere, pool.pool.most = self._idle, self._max_idle
+            pool.pool.longest = self._idle_for
         return pool
 
     def reset_after_fork(self) -> None:

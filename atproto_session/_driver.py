@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -128,7 +128,7 @@ class _Driver:
                 return world.clock()
             case steps.Sign(window, lock):
                 now = world.clock()
-                return Attempt(uuid.uuid4().hex, this_worker(), now, now + window, lock=lock)
+                return Attempt(secrets.token_hex(16), this_worker(), now, now + window, lock=lock)
             case steps.LifeOf(by):
                 return life_of(by)
             case steps.Wait(seconds):

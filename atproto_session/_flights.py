@@ -338,6 +338,32 @@ def _flights_here() -> tuple[Flight[Any], ...]:
     return getattr(_here, "flights", ())
 
 
+def alongside(work: Callable[[], U], name: str) -> Callable[[], U]:
+    """Begin ``work`` in another thread, as a part of what this one does. What is returned brings its result.
+
+    :param work: ends by itself. Where no thread can be started, it is done when its result is wanted.
+    """
+    outside = _flights_here()
+
+    def run() -> U:
+        _here.flights = outside
+        try:
+            return work()
+        finally:
+            _here.flights = ()
+
+    try:
+        promise = spawn(run, name)
+    except RuntimeError:
+        return work
+
+    def result() -> U:
+        promise.wait()
+        return promise.result()
+
+    return result
+
+
 def _cut_short(key: str) -> CancelledError:
     return CancelledError(f"the thread that began the work for {printable(key)} was interrupted; nothing was sent")
 

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -129,6 +129,15 @@ class Turns:
     def reset_after_fork(self) -> None:
         self._pausing = False
         self._under_way = weakref.WeakSet()
+
+
+_imports = Turns(patience=10.0)
+
+
+def importing() -> AbstractContextManager[None]:
+    """For what is imported only when it is needed: no fork happens in this block. A process that forks while another
+    thread imports something has a child in which that import never ends."""
+    return _imports.turn()
 
 
 def copy_of(items: Collection[T]) -> list[T]:

@@ -31,7 +31,6 @@ class Step:
 Protocol = Generator[Step, Any, T]
 
 
-@dataclass(frozen=True)
 class Read(Step):
     """Read the record. Brings the :class:`.Session`, or ``None``."""
 
@@ -61,7 +60,6 @@ class Lock(Step):
     waits: bool = True
 
 
-@dataclass(frozen=True)
 class Unlock(Step):
     """Release the account's lock."""
 
@@ -73,7 +71,6 @@ class Extend(Step):
     seconds: float
 
 
-@dataclass(frozen=True)
 class Now(Step):
     """Brings the time, in seconds since the epoch."""
 
@@ -112,7 +109,6 @@ class Prepare(Step):
     session: Session
 
 
-@dataclass(frozen=True)
 class Commit(Step):
     """Pass the point of no return. From here on nothing outside stops the protocol."""
 
@@ -125,7 +121,6 @@ class Send(Step):
     session: Session
 
 
-@dataclass(frozen=True)
 class Await(Step):
     """Wait on for the answer to what was sent. Brings what :class:`Send` does."""
 

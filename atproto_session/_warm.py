@@ -1,19 +1,14 @@
 """Everything that Python would import at its first use, imported at once.
 
 A process that forks while another thread imports something leaves a child in which that import never ends. So nothing
-is left to import once there is a client.
+is left to import once there is a client, but what is seldom needed and costs much: that is imported where a fork waits
+for it (:func:`._fork.importing`).
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
-
-import dns.edns
-import dns.rdata
-import dns.rdataclass
-import dns.rdatatype
-import requests
 
 from .dpop import proof
 from .keys import generate_jwk
@@ -31,8 +26,3 @@ def warm_up() -> None:
     proof(generate_jwk(), "GET", "https://pds.example.com/")
     for encoding in _ENCODINGS:
         codecs.lookup(encoding)
-    # Names beyond ASCII.
-    requests.Request("GET", "https://b\u00fccher.example.com/").prepare()
-    # The records that a name server may send.
-    for kind in dns.rdatatype.RdataType:
-        dns.rdata.get_rdata_class(dns.rdataclass.IN, kind)  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from ._checks import (
     refuse_to_pickle,
     seconds,
 )
+from ._environment import Environment
 from ._flights import Flight, Flights
 from ._login import LoginFlow
 from ._records import log
@@ -91,6 +92,8 @@ class OAuthClient:
         development and self-hosting; with ``allow_http`` over http, too.
     :param retries: which requests of an :class:`.OAuthSession` are sent again after a failure, and when; by default
         none. Nothing that spends or asks for tokens is.
+    :param trust_env: use the proxies and the certificates that the environment names (``HTTPS_PROXY``, ``NO_PROXY``,
+        ``REQUESTS_CA_BUNDLE``). They are read now, once for the client.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
     :raises SessionError: gevent was told to patch the standard library after this package was imported.
     :raises StoreError: the store cannot be used.
@@ -119,6 +122,7 @@ class OAuthClient:
         strict: bool = False,
         trusted_hosts: Iterable[str] = (),
         retries: Retry | int | None = None,
+        trust_env: bool = True,
     ) -> None:
         check_not_patched_late()
         warm_up()
@@ -150,9 +154,13 @@ class OAuthClient:
         self._nonces = NonceCache(strict=strict)
         self._refusals = Refusals()
         self._retries = retries
-        self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts)
+        self._environment = Environment(trusted=trust_env)
+        self._transport = Transport(allow_http=allow_http, trusted_hosts=trusted_hosts, environment=self._environment)
         self._pool = HardenedAdapter(
-            allow_http=allow_http, pool_maxsize=_IDLE_CONNECTIONS, trusted_hosts=self._transport.trusted_hosts
+            allow_http=allow_http,
+            pool_maxsize=_IDLE_CONNECTIONS,
+            trusted_hosts=self._transport.trusted_hosts,
+            contexts=self._transport.contexts,
         )
         self._identities = IdentityResolver(
             self._transport, plc_directory=plc_directory, handle_resolver=handle_resolver, allow_http=allow_http
@@ -354,7 +362,7 @@ class OAuthClient:
         :raises ValueError: ``session_id`` is not 1 to 256 printable characters.
         """
         key = _key_of(did, session_id)
-        return AccountAuth(self._client_of(key)._signer(key), self._pool)
+        return AccountAuth(self._client_of(key)._signer(key), self._pool, self._environment)
 
     def revoke(self, did: str, *, session_id: str | None = None, timeout: float | None = None) -> None:
         """Delete the session here, and end it at its server. If that cannot be reached, it is deleted all the same.
@@ -435,6 +443,7 @@ class OAuthClient:
         self._flights.close()
         self.sessions.close()
         self._pool.close()
+        self._transport.close()
         if self._owns_store:
             self._store.close()
 
@@ -488,7 +497,7 @@ class OAuthClient:
         return self._others[client_id]
 
     def _open(self, key: str, session: Session) -> OAuthSession:
-        return OAuthSession(self._signer(key, session), self._pool, session, retries=self._retries)
+        return OAuthSession(self._signer(key, session), self._pool, session, self._environment, retries=self._retries)
 
 
 def _key_of(did: str, session_id: str | None) -> str:

@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from .errors import AuthMethodUnsatisfiableError, printable
-from .keys import Keyset
+from .keys import Keyset, sign
 from .metadata import ClientMetadata
 from .session import ClientAuthMethod
 
@@ -100,7 +99,7 @@ def authentication_params(
         "iat": now - _BACKDATED,
         "exp": now + _LIFETIME,
     }
-    assertion = jwt.encode(claims, key, algorithm="ES256", headers={"kid": method.kid})
+    assertion = sign(key, {"typ": "JWT", "alg": "ES256", "kid": method.kid}, claims)
     return {"client_id": client_id, "client_assertion_type": _ASSERTION_TYPE, "client_assertion": assertion}
 
 

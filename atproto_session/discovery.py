@@ -141,6 +141,7 @@ class Discovery:
         def is_stale(_: str, entry: tuple[float, object]) -> bool:
             return clock() - entry[0] >= cache_for
 
+        self._known, self._is_stale = kept, is_stale
         # Only what can be used is kept: a wrong answer may be right the next time.
         self._issuers: CachedGetter[tuple[float, str]] = CachedGetter(
             self._fetch_issuer, kept, is_stale=is_stale, share_failures=True
@@ -169,6 +170,11 @@ class Discovery:
         except ValueError as error:
             raise DiscoveryError(f"the issuer {printable(issuer)} {error}") from None
         return self._servers.get(f"{issuer}{_AUTHORIZATION_SERVER}", no_cache=fresh)[1]
+
+    def knows(self, issuer: str) -> bool:
+        """Whether :meth:`metadata` would answer from memory."""
+        entry = self._known.get(key := f"{issuer}{_AUTHORIZATION_SERVER}")
+        return entry is not None and not self._is_stale(key, entry)
 
     def from_server_url(self, url: str) -> str:
         """The issuer that a person means by the URL of a PDS, or of an authorization server itself.

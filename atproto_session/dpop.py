@@ -21,11 +21,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import parse_http_list
 
-import jwt
-
 from ._urls import origin
 from .errors import TransportError
-from .keys import algorithm_of, load_private_key, public_jwk
+from .keys import algorithm_of, load_private_key, public_jwk, sign
 
 _log = logging.getLogger("atproto_session")
 
@@ -175,8 +173,8 @@ def proof(
         claims["nonce"] = nonce
     if access_token is not None:
         claims["ath"] = _base64url(hashlib.sha256(access_token.encode()).digest()).decode("ascii")
-    header = {"typ": "dpop+jwt", "jwk": public_jwk(key)}
-    return jwt.encode(claims, load_private_key(key), algorithm=algorithm_of(key), headers=header)
+    header = {"typ": "dpop+jwt", "alg": algorithm_of(key), "jwk": public_jwk(key)}
+    return sign(load_private_key(key), header, claims)
 
 
 #: How much of a header is looked at.

@@ -11,21 +11,20 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import dns.exception
-import dns.name
-import dns.resolver
-import idna
-
 from ._adapter import look_up_aside
+from ._fork import importing
 from ._recent import Recent
 from ._threads import Promise
 from ._urls import LOOPBACK_HOSTS, NOBODY, TrustedHosts, check_url, is_host_name, origin
 from .cached_getter import Cache, CachedGetter, GetOptions
 from .errors import ClientMetadataError, IdentityError, TransportError, printable
 from .transport import Transport, UnusableResponse, is_passing
+
+if TYPE_CHECKING:
+    import dns.resolver
 
 #: Top-level domains that are no part of the public DNS; ``.test`` is good in development.
 _RESERVED_DOMAINS = frozenset({"alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"})
@@ -106,7 +105,10 @@ def parse_account(text: str, *, allow_http: bool = False, trusted: TrustedHosts 
         return Account("did", check_did(name))
     if not name.isascii():
         try:
-            name = idna.encode(name.lower()).decode("ascii")
+            with importing():
+                import idna  # the tables of Unicode come with it
+
+                name = idna.encode(name.lower()).decode("ascii")
         except UnicodeError:  # IDNAError is one
             raise IdentityError(
                 f"{printable(name)!r} is not a handle such as alice.example.com", reason="malformed"
@@ -376,20 +378,13 @@ class IdentityResolver:
             raise _NotFound(f"{by_dns}; {by_https}", retryable=by_dns.retryable or by_https.retryable) from by_https
 
     def _ask_dns(self, handle: str, deadline: float) -> str:
+        with importing():
+            from ._dns import NoRecords, txt_records
         lifetime = min(_DNS_TIMEOUT, deadline - time.monotonic())
         try:
-            resolver = self._dns_resolver or dns.resolver.Resolver()
-            name = dns.name.from_text(f"_atproto.{handle}.")
-            answer = resolver.resolve(name, "TXT", lifetime=lifetime, search=False)
-        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
-            raise _NotFound("no DNS record") from None
-        except dns.name.NameTooLong:
-            raise _NotFound("too long for a DNS record") from None
-        except dns.exception.DNSException as error:
-            raise _NotFound(f"the DNS failed ({type(error).__name__})", retryable=True) from error
-        except OSError as error:
-            raise _NotFound("the DNS cannot be reached", retryable=True) from error
-        texts = {b"".join(record.strings).decode("ascii", "replace") for record in answer}
+            texts = txt_records(f"_atproto.{handle}", lifetime, self._dns_resolver)
+        except NoRecords as error:
+            raise _NotFound(str(error), retryable=error.retryable) from error
         dids = {text.removeprefix("did=") for text in texts if text.startswith("did=")}
         if not dids:
             raise _NotFound("no DNS record with a DID")

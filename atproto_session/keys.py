@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from ._fork import importing
 from .errors import ClientMetadataError, printable
 
 _SIZE = 32
+_ECDSA = ec.ECDSA(hashes.SHA256())
 #: The curves that are known, by ``crv``, and the algorithm that goes with each (RFC 7518 section 3.4, RFC 8812 section
 #: 3.2). Keys made here are ES256; ``@atproto/oauth-client-node`` makes ES256K keys for its sessions where the server
 #: takes them.
@@ -65,6 +68,18 @@ def load_private_key(jwk: Mapping[str, Any]) -> ec.EllipticCurvePrivateKey:
     if jwk.get("d") is None:
         raise ValueError("d is missing: this is not a private key")
     return _private_key(crv, x, y, _member(jwk, "d"))
+
+
+def sign(key: ec.EllipticCurvePrivateKey, header: Mapping[str, Any], claims: Mapping[str, Any]) -> str:
+    """The compact JWS of ``claims`` (RFC 7515 section 7.1), signed with SHA-256 (RFC 7518 section 3.4, RFC 8812 section
+    3.2). Signed here and not by PyJWT, since every request needs one: PyJWT takes twice the time of the signature, and
+    to import it 30 ms.
+
+    :param header: with ``alg``, which is :func:`algorithm_of` the key.
+    """
+    signed = ".".join(_encode(json.dumps(part, separators=(",", ":")).encode()) for part in (header, claims))
+    r, s = decode_dss_signature(key.sign(signed.encode("ascii"), _ECDSA))
+    return f"{signed}.{_encode(r.to_bytes(_SIZE) + s.to_bytes(_SIZE))}"
 
 
 def public_jwk(jwk: Mapping[str, Any]) -> dict[str, str]:
@@ -364,6 +379,8 @@ def _parse_pem(text: str, password: str | bytes | None) -> list[dict[str, str]]:
 def _load_pem(block: str, password: str | bytes | None) -> ec.EllipticCurvePrivateKey:
     if not isinstance(password, str | bytes | None):
         raise _wrong(f"password is text, not {type(password).__name__}")
+    with importing():
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
     try:
         secret = password.encode() if isinstance(password, str) else password
         key = load_pem_private_key(block.encode(), secret or None)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.auth import AuthBase
+from requests.cookies import RequestsCookieJar, merge_cookies
+from requests.hooks import default_hooks
+from requests.sessions import merge_hooks, merge_setting
+from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry, Timeout
 
 from ._adapter import Bounds, HardenedAdapter
+from ._environment import Environment
+from ._fork import importing
 from ._signer import Flow, Signer, let_go, rewind
 from ._urls import origin
 from .errors import TransportError, printable
@@ -24,6 +32,8 @@ from .session import Session, TokenInfo, subject_of
 _DEFAULT_TIMEOUT = (10.0, 60.0)
 #: A ``RateLimit-Reset`` from here on is a time, in seconds since 1970; below, it is seconds from now.
 _A_DATE = 1_000_000_000
+#: What a new session of requests has.
+_new_session = functools.cache(requests.Session)
 
 
 class DPoPAdapter(BaseAdapter):
@@ -180,17 +190,29 @@ class OAuthSession(requests.Session):
     """
 
     def __init__(
-        self, signer: Signer, pool: HTTPAdapter, session: Session, *, retries: Retry | int | None = None
+        self,
+        signer: Signer,
+        pool: HTTPAdapter,
+        session: Session,
+        environment: Environment,
+        *,
+        retries: Retry | int | None = None,
     ) -> None:
         self._signer = signer
         self._adapter = DPoPAdapter(
             signer, pool, session.token_set.aud, retries=None if retries is None else Retry.from_int(retries)
         )
+        self._environment = environment
         self.total_timeout: float | None = None
-        super().__init__()
-        self.adapters.clear()
+        # As requests.Session.__init__ does, but for the adapters that it makes, here to be thrown away.
+        like = _new_session()
+        self.__dict__.update(vars(like))
+        self.headers = CaseInsensitiveDict(like.headers)
+        self.proxies, self.params, self.hooks = {}, {}, default_hooks()
+        self.cookies = RequestsCookieJar()
+        self.adapters = OrderedDict([("", self._adapter)])
         self.auth = _unchanged  # or requests would read ~/.netrc for every request
-        super().mount("", self._adapter)
+        self.trust_env = environment.trusted
         self.did = subject_of(signer.key)
 
     def get_adapter(self, url: str | bytes) -> BaseAdapter:
@@ -212,11 +234,30 @@ class OAuthSession(requests.Session):
             raise TypeError(
                 f"the url of a request is a str, such as '/xrpc/app.bsky.feed.getTimeline', not {type(url).__name__}"
             )
-        request.url = urljoin(self._adapter.audience, url)
-        return super().prepare_request(request)
+        is_path = url.startswith("/") and "//" not in url and "/." not in url
+        request.url = self._adapter.audience + url if is_path else urljoin(self._adapter.audience, url)
+        cookies: Any = merge_cookies(RequestsCookieJar(), self.cookies)  # type: ignore[no-untyped-call]
+        # What requests does, but ~/.netrc is not looked at, and nothing is merged where there is one side only.
+        prepared = requests.PreparedRequest()
+        with nullcontext() if url.isascii() else importing():  # a name beyond ASCII needs the tables of Unicode
+            prepared.prepare(
+                method=(request.method or "").upper(),
+                url=request.url,
+                files=request.files,
+                data=request.data,
+                json=request.json,
+                headers=_merged(request.headers, self.headers, CaseInsensitiveDict),
+                params=_merged(request.params, self.params) or None,
+                auth=self.auth if request.auth is None else request.auth,
+                cookies=merge_cookies(cookies, request.cookies or {}),  # type: ignore[no-untyped-call]
+                hooks=merge_hooks(request.hooks, self.hooks),  # type: ignore[no-untyped-call]
+            )
+        return prepared
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         """As in requests."""
+        if "proxies" not in options:
+            options["proxies"] = self._resolved(request.url or "", self.proxies or {})
         timeout = options.get("timeout")
         # The requests of a redirect come here with the bounds of the first one.
         if self.total_timeout is not None and not isinstance(timeout, Bounds):
@@ -229,6 +270,38 @@ class OAuthSession(requests.Session):
             waits: Any = {"connect": timeout.connect_timeout, "read": timeout.read_timeout}
             options["timeout"] = Bounds(within=self.total_timeout, **waits)
         return super().send(request, **options)
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        """As in requests, from the environment as it was when the client was made."""
+        if self.trust_env and (verify is None or verify is True):
+            verify = self._environment.ca_bundle or verify
+        given = proxies or {}
+        found = self._environment.proxies_for(url, given.get("no_proxy")) if self.trust_env else {}
+        merged = {**found, **given}
+        if self.proxies is not None:
+            merged = {name: proxy for name, proxy in {**self.proxies, **merged}.items() if proxy is not None}
+        return {
+            "proxies": merged,
+            "stream": self.stream if stream is None else stream,
+            "verify": self.verify if verify is None else verify,
+            "cert": self.cert if cert is None else cert,
+        }
+
+    def rebuild_proxies(self, prepared_request: Any, proxies: Any) -> Any:
+        """As in requests, from the environment as it was when the client was made."""
+        resolved = self._resolved(prepared_request.url, proxies or {})
+        trusted, self.trust_env = self.trust_env, False  # requests would read it again
+        try:
+            return super().rebuild_proxies(prepared_request, resolved)  # type: ignore[no-untyped-call]
+        finally:
+            self.trust_env = trusted
+
+    def _resolved(self, url: str, proxies: Mapping[str, str]) -> dict[str, str]:
+        """``proxies``, and that of the environment for ``url`` if they have none."""
+        found = self._environment.proxies_for(url, proxies.get("no_proxy")) if self.trust_env else {}
+        scheme = urlsplit(url).scheme
+        proxy = found.get(scheme, found.get("all"))
+        return {**({scheme: proxy} if proxy else {}), **proxies}
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """As in requests, which does not expect any text in a ``Location``.
@@ -280,9 +353,10 @@ class AccountAuth(AuthBase):
     requests.get(url, auth=client.auth(did))
     """
 
-    def __init__(self, signer: Signer, pool: HTTPAdapter) -> None:
+    def __init__(self, signer: Signer, pool: HTTPAdapter, environment: Environment) -> None:
         self._signer = signer
         self._pool = pool
+        self._environment = environment
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if not isinstance(request, requests.PreparedRequest):
@@ -292,8 +366,11 @@ class AccountAuth(AuthBase):
         flow = self._signer.flow(request)
         signed: requests.PreparedRequest | None = next(flow)
         while signed is not None and signed is not request:  # a nonce is fetched first, over the client's connections
-            settings: Any = requests.Session().merge_environment_settings(signed.url, {}, None, None, None)
-            response = self._pool.send(signed, timeout=_DEFAULT_TIMEOUT, **settings)
+            of_environment: dict[str, Any] = {}
+            if self._environment.trusted:
+                proxies = self._environment.proxies_for(signed.url or "")
+                of_environment = {"proxies": proxies, "verify": self._environment.ca_bundle or True}
+            response = self._pool.send(signed, timeout=_DEFAULT_TIMEOUT, **of_environment)
             _read_refusal(response, stream=False)
             signed = _resume(flow, response)
             let_go(response)
@@ -357,6 +434,13 @@ def _read_refusal(response: requests.Response, stream: bool) -> None:
     in a moment."""
     if not stream and response.status_code in (400, 401):
         response.content  # noqa: B018
+
+
+def _merged(of_request: Any, of_session: Any, kind: Any = OrderedDict) -> Any:
+    """As ``merge_setting`` of requests, in less time where the request has nothing of its own."""
+    if not of_request and isinstance(of_session, kind | dict) and None not in of_session.values():
+        return of_session
+    return merge_setting(of_request, of_session, kind)  # type: ignore[no-untyped-call]
 
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:

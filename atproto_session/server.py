@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import email.utils
-import html
 import itertools
 import logging
 import math
@@ -14,12 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from ._flights import alongside
+from ._fork import importing
 from ._urls import origin
 from .client_auth import authentication_params, resolve_stored
 from .discovery import Discovery, ServerMetadata
@@ -41,6 +43,8 @@ REPLY_WITHIN = 30.0
 _LONGEST_SCOPE = 16 * 1024
 #: And of names in it: no DID is longer (2,048 characters), no type of a token, and no URL that a browser could open.
 _LONGEST_NAME = 2049
+#: What a thread is called that finds out about a server while another one does.
+_ASIDE = "atproto_session lookup"
 #: Longer lives are taken for nonsense, in seconds.
 _LONGEST_LIFE = 10 * 365 * 86400.0
 #: Nobody is asked to stay away for longer, in seconds. (urllib3 has the same bound.)
@@ -269,24 +273,33 @@ class AccountAuthority:
             reply_within=self._reply_within,
         )
 
-    def audience(self, did: str, issuer: str) -> str:
+    def audience(self, did: str, issuer: str, last: str | None = None) -> str:
         """The origin of the account's PDS, after verifying afresh that ``issuer`` is the authority for the account.
 
+        :param last: the PDS of the account as it was. It is asked at the same time as the directory, and nearly always
+            is the right one.
         :raises TokenRefreshError: another server is.
         """
+        answer_of_last = None if last is None else alongside(lambda: self._issuer_of(last), _ASIDE)
         pds = self._identities.resolve_did(did).pds
-        current = self._discovery.authorization_server_of(pds, fresh=True)
+        current = self._issuer_of(pds) if answer_of_last is None or pds != last else answer_of_last()
         if current != issuer:
             raise TokenRefreshError(
                 f"the account {did} now belongs to the authorization server {current}, not to {issuer}; log in again"
             )
         return pds
 
+    def _issuer_of(self, pds: str) -> str:
+        return self._discovery.authorization_server_of(pds, fresh=True)
+
     def prepare(self, session: Session) -> Callable[[Session], Session]:
         """See :meth:`.Authority.prepare`."""
         tokens = session.token_set
-        aud = self.audience(tokens.sub, tokens.iss)
-        server = self.server(tokens.iss)
+        find_server: Callable[[], AuthorizationServer] = partial(self.server, tokens.iss)
+        if not self._discovery.knows(tokens.iss):
+            find_server = alongside(find_server, _ASIDE)
+        aud = self.audience(tokens.sub, tokens.iss, tokens.aud)
+        server = find_server()
         method = resolve_stored(session.auth_method, self._client, self._keyset, server.metadata)
 
         def send(spent: Session) -> Session:
@@ -369,6 +382,8 @@ def _without(parts: Collection[str], text: str) -> str:
 
 
 def _decoded(text: str) -> str:
+    with importing():
+        import html  # it has all names that there are
     plain = html.unescape(unquote(text))
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), plain)
     return re.sub(r"\\(.)", r"\1", plain)

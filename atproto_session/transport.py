@@ -12,7 +12,6 @@ import errno
 import http.client
 import json
 import logging
-import os
 import socket
 import ssl
 import sys
@@ -27,6 +26,8 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 
 from ._adapter import Bounds, HardenedAdapter, Network, Refused
 from ._bodies import find_answer, undo_coding
+from ._environment import Environment
+from ._tls import Contexts
 from ._urls import TrustedHosts, check_origin, check_url, origin
 from .errors import TransportError, printable
 
@@ -55,6 +56,11 @@ _OVERHEAD = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
 #: Before the second try of what came to nothing by chance, in seconds.
 _PAUSE = 0.25
+#: Connections that are kept for another GET: of one server, of all, and for how many seconds. What lies between forgets
+#: connections that are silent for longer, without a word.
+_IDLE_OF_SERVER = 4
+_IDLE = 64
+_IDLE_FOR = 30.0
 #: How long to wait for the rest of an answer that seems to be over and is no JSON, in seconds.
 _REST_WITHIN = 0.5
 #: What makes a second try worth while. Name servers that are busy, and connections that were reset before the TLS
@@ -122,9 +128,11 @@ def _no_constant(name: str) -> NoReturn:
 
 
 class Transport:
-    """Requests to addresses from outside, each on a connection of its own: one that has been idle may be closed by the
-    server just as a request leaves, and then nobody knows whether the request was seen. Without cookies, ``~/.netrc``
-    and retries. Safe for threads and forks: nothing lives longer than its request.
+    """Requests to addresses from outside, without cookies, ``~/.netrc`` and retries. Safe for threads and forks.
+
+    A GET, which may be repeated, goes over a connection that was kept, if there is one. Every other request has a new
+    one: a connection that was idle may be closed by the server just as a request leaves, and then nobody knows whether
+    the request was seen.
 
     :param allow_http: for development: http and loopback addresses are allowed, for loopback hosts.
     :param timeout: seconds for one request, all told: looking up, connecting, sending, receiving, redirects.
@@ -133,9 +141,11 @@ class Transport:
         before it asks the next.
     :param max_bytes: how large a body may be.
     :param ca_bundle: a file with the certificates to trust instead of the usual ones, for tests and private networks.
-        Default: what ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` names, or those that ``requests`` brings.
+        Default: what ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` names, or those that ``requests`` brings. Read once.
     :param network: as for :class:`HardenedAdapter`.
     :param trusted_hosts: names, addresses and networks (CIDR) that may be private; with ``allow_http`` over http, too.
+    :param environment: what the environment says about proxies and certificates; by default it is read now.
+    :ivar contexts: the TLS contexts of the connections, to be shared.
     :raises ValueError: an entry of ``trusted_hosts`` is none of these.
     """
 
@@ -151,6 +161,7 @@ class Transport:
         ca_bundle: str | None = None,
         network: Network | None = None,
         trusted_hosts: TrustedHosts | Iterable[str] = (),
+        environment: Environment | None = None,
     ) -> None:
         self.allow_http = allow_http
         self.timeout = timeout
@@ -158,9 +169,20 @@ class Transport:
         self._look_up_timeout = look_up_timeout
         self._max_bytes = max_bytes
         self._user_agent = user_agent
-        self._ca_bundle = ca_bundle
+        self._environment = environment or Environment()
+        self._verify = ca_bundle or (self._environment.trusted and self._environment.ca_bundle) or True
         self._network = (network or Network.default(allow_http=allow_http)).trusting(trusted_hosts)
         self.trusted_hosts = self._network.trusted
+        self.contexts = Contexts()
+        self._kept = self._adapter(pool_maxsize=_IDLE_OF_SERVER, max_idle=_IDLE, idle_for=_IDLE_FOR)
+        self._fresh = self._adapter(max_idle=0)
+
+    def _adapter(self, **options: Any) -> HardenedAdapter:
+        return HardenedAdapter(network=self._network, contexts=self.contexts, **options)
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self._kept.close()
 
     def check_url(self, url: object) -> str:
         """:func:`check_url` by the rules of this transport."""
@@ -246,11 +268,13 @@ class Transport:
         return document
 
     def _send(self, request: requests.Request, deadline: float, limit: int, *, lenient: bool) -> Response:
-        # Nothing compressed is asked for. Some servers send it nevertheless. No connection is used twice.
-        defaults = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", "Connection": "close"}
-        request.headers = {**defaults, **(request.headers or {})}
+        # Nothing compressed is asked for. Some servers send it nevertheless.
+        is_kept = request.method == "GET"
+        defaults = {"User-Agent": self._user_agent, "Accept-Encoding": "identity"}
+        request.headers = {**defaults, **({} if is_kept else {"Connection": "close"}), **(request.headers or {})}
         handled = sys.exception()
-        for is_last in (False, True):
+        is_last = False
+        while True:
             bounds = Bounds(
                 within=deadline - time.monotonic(),
                 connect=self._connect_timeout,
@@ -260,10 +284,14 @@ class Transport:
             )
             with contextlib.closing(bounds):
                 try:
-                    response = self._receive(request, bounds, limit)
+                    response = self._receive(request, bounds, limit, self._kept if is_kept else self._fresh)
                 except (requests.RequestException, HTTPError, OSError) as error:
                     reason = _root_of(error, handled)
+                    if is_kept and bounds.reused and not bounds.answered and isinstance(reason, _BY_CHANCE):
+                        is_kept = False  # its server had closed it
+                        continue
                     if not is_last and _is_worth_another_try(reason, bounds, deadline):
+                        is_last = True
                         time.sleep(_PAUSE)
                         continue
                     failure = _transport_error(reason, request.url, sent=bounds.sent)
@@ -273,26 +301,23 @@ class Transport:
                         raise failure from (None if lenient and bounds.sent else error)
                     return found
                 return _find_better(response, bounds) if lenient else response
-        raise AssertionError("the last try returns or raises")  # pragma: no cover
 
-    def _receive(self, request: requests.Request, bounds: Bounds, limit: int) -> Response:
+    def _receive(self, request: requests.Request, bounds: Bounds, limit: int, adapter: HardenedAdapter) -> Response:
         # Prepared and sent without a requests.Session, which is where cookies, ~/.netrc and redirects live.
         prepared = request.prepare()
-        with contextlib.ExitStack() as stack:
-            adapter = HardenedAdapter(pool_maxsize=1, network=self._network)
-            stack.callback(adapter.close)
-            answer = adapter.send(
-                prepared,
-                stream=True,
-                timeout=bounds,
-                verify=self._ca_bundle or _ca_bundle_of_environment() or True,
-                proxies=requests.utils.get_environ_proxies(request.url),
-            )
-            stack.callback(answer.close)
+        answer = adapter.send(
+            prepared,
+            stream=True,
+            timeout=bounds,
+            verify=self._verify,
+            proxies=self._environment.proxies_for(request.url) if self._environment.trusted else None,
+        )
+        with contextlib.closing(answer):
             body = bytearray()
             for piece in answer.raw.stream(16 * 1024, decode_content=False):
                 body += piece
                 if len(body) > limit:
+                    answer.raw.close()  # the connection with it
                     raise Refused("its answer is too large")
         try:
             plain = undo_coding(bytes(body), answer.headers.get("Content-Encoding", ""), limit)
@@ -341,10 +366,6 @@ def _is_worth_another_try(reason: BaseException, bounds: Bounds, deadline: float
         number == (socket.EAI_AGAIN if isinstance(reason, socket.gaierror) else errno.ENOTCONN)
     )
     return by_chance and not bounds.sent and deadline - time.monotonic() > _PAUSE
-
-
-def _ca_bundle_of_environment() -> str | None:
-    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from atproto_session import CancelledError, LockTimeoutError, SessionError, _fork
-from atproto_session._flights import Flight, Flights
+from atproto_session import CancelledError, LockTimeoutError, SessionError, _flights, _fork
+from atproto_session._flights import Flight, Flights, alongside
 from atproto_session._threads import _crew, begin
 
 from .core import SOON, Gate, Worker, wait_until
@@ -348,3 +348,41 @@ def test_one_that_lands_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert waits.wait(SOON)
     gate.open()
     assert landing.outcome() is True
+
+
+# Work alongside
+
+
+def test_work_alongside_is_a_part_of_what_is_done_here() -> None:
+    """It needs no further thread for the flights in it."""
+    flights: Flights[str] = Flights()
+    seen: list[bool] = []
+
+    def inner() -> str:
+        flight = board(flights, "inner", "result")
+        seen.append(flight.over.is_set())
+        return landed(flight)
+
+    def work(flight: Flight[str]) -> str:
+        return alongside(inner, "aside")()
+
+    assert landed(flights.board("outer", work, deadline=time.monotonic() + SOON)[0]) == "result"
+    assert seen == [True], "done in the thread that asked for it"
+
+
+def test_what_is_raised_alongside_is_raised_where_its_result_is_wanted() -> None:
+    result = alongside(lambda: 1 // 0, "aside")
+    with pytest.raises(ZeroDivisionError):
+        result()
+
+
+def test_without_a_thread_it_is_done_when_its_result_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done: list[int] = []
+    monkeypatch.setattr(_flights, "spawn", no_thread)
+    result = alongside(lambda: done.append(1), "aside")
+    assert done == []
+    result()
+    assert done == [1]

@@ -17,14 +17,14 @@ PACKAGE = Path(atproto_session.__file__).parent
 
 #: Floor by floor, from the ground up. A package counts as one room; within it, modules may import each other.
 FLOORS = [
-    ["errors", "_fork", "_urls", "_worker", "_bodies", "permissions", "_checks"],
-    ["session", "keys", "_threads"],
+    ["errors", "_fork", "_urls", "_worker", "_bodies", "permissions", "_checks", "_environment"],
+    ["session", "keys", "_threads", "_tls"],
     ["dpop", "locks", "_flights"],
     ["stores", "_steps", "_terms", "cached_getter", "_recent"],
     ["_records", "_rests"],
     ["refresh", "_driver"],
     ["session_getter", "_adapter"],
-    ["transport", "_signer", "_upkeep"],
+    ["transport", "_signer", "_upkeep", "_dns"],
     ["identity"],
     ["discovery", "metadata"],
     ["client_auth", "_scripts"],

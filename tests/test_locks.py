@@ -418,3 +418,11 @@ def test_waiting_for_another_process_can_be_cancelled(tmp_path: Path) -> None:
 
     with FileLocks(tmp_path).hold("did", timeout=0), pytest.raises(CancelledError):
         FileLocks(tmp_path).hold("did", timeout=60, cancel=Cancelled()).__enter__()
+
+
+def test_a_directory_that_cannot_be_used_is_found_out_before_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be used"):
+        FileLocks(tmp_path / "file" / "locks").check()
+    FileLocks(tmp_path / "locks").check()
+    assert (tmp_path / "locks" / "salt").exists()

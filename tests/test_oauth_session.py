@@ -9,18 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry, Timeout
 
-from atproto_session import ClientMetadata, OAuthClient, OAuthSession, TransportError
+from atproto_session import (
+    ClientMetadata,
+    MemoryStore,
+    OAuthClient,
+    OAuthSession,
+    Session,
+    SessionGetter,
+    TransportError,
+    _fork,
+)
+from atproto_session._environment import Environment
+from atproto_session._signer import Signer
+from atproto_session.dpop import NonceCache
 from atproto_session.oauth_session import retry_after
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .canned import OK, Canned
-from .core import Worker
+from .core import DID, FakeAuthority, Worker, make_session
 from .scenes import ECHO, GET_SESSION, log_in
 
 EAGER = Retry(3, status_forcelist=[503], allowed_methods=None)
@@ -307,3 +320,191 @@ def test_auth_for_another_library(client: OAuthClient, session: OAuthSession) ->
 
     with pytest.raises(TypeError, match="is for requests"):
         client.auth(session.did)(Request())  # type: ignore[arg-type]
+
+
+# What a session of requests is and does
+
+
+@pytest.fixture
+def like(monkeypatch: pytest.MonkeyPatch) -> requests.Session:
+    """A session of requests' own, in an environment with proxies."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
+    monkeypatch.setenv("ALL_PROXY", "http://any.example.com:3128")
+    monkeypatch.setenv("NO_PROXY", "direct.example.com")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/bundle.pem")
+    return requests.Session()
+
+
+@pytest.fixture
+def ours(like: requests.Session) -> OAuthSession:
+    store = MemoryStore[Session]()
+    store.set(DID, make_session())
+    signer = Signer(SessionGetter(store, FakeAuthority()), DID, NonceCache())
+    return OAuthSession(signer, HTTPAdapter(), make_session(), Environment())
+
+
+PDS = "https://pds.example.com"
+Change = Callable[[requests.Session], object]
+
+
+def test_it_has_what_a_new_session_of_requests_has(ours: OAuthSession, like: requests.Session) -> None:
+    ours.headers["X"] = "1"
+    ours.params["a"] = "1"  # type: ignore[index]
+    ours.proxies["https"] = "x"
+    ours.hooks["response"].append(lambda response, **_: response)
+    ours.cookies.set("a", "b")
+    for fresh in (like, OAuthSession(ours._signer, HTTPAdapter(), make_session(), Environment())):
+        theirs = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}
+        assert set(vars(like)) <= set(theirs)
+        assert (fresh.headers.get("X"), fresh.params, fresh.proxies, len(fresh.cookies)) == (None, {}, {}, 0)
+        assert (fresh.hooks, fresh.max_redirects, fresh.stream, fresh.verify) == ({"response": []}, 30, False, True)
+
+
+CHANGES: dict[str, Change] = {
+    "nothing": lambda session: None,
+    "proxies": lambda session: session.proxies.update(https="http://own:1", all="http://all:1"),
+    "no proxies": lambda session: setattr(session, "proxies", None),
+    "no trust": lambda session: setattr(session, "trust_env", False),
+    "no verification": lambda session: setattr(session, "verify", False),
+    "certificate": lambda session: setattr(session, "cert", "/cert.pem"),
+    "stream": lambda session: setattr(session, "stream", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (PDS, {}, None, None, None),
+        ("http://pds.example.com", None, False, True, ("/a", "/b")),
+        ("https://direct.example.com", {}, None, "/own.pem", None),
+        (PDS, {"no_proxy": "pds.example.com"}, None, False, None),
+        (PDS, {"https": None, "http": "http://mine:1"}, True, None, None),
+    ],
+)
+def test_settings_are_merged_as_in_requests(
+    change: Change, arguments: tuple[Any, ...], ours: OAuthSession, like: requests.Session
+) -> None:
+    url, proxies, *rest = arguments
+    merged = []
+    for session in (ours, like):
+        change(session)
+        merged.append(session.merge_environment_settings(url, proxies and dict(proxies), *rest))
+    # requests takes proxies that are None for "do not read the environment".
+    if proxies is None:
+        assert {**merged[0], "proxies": None} == {**merged[1], "proxies": None}
+    else:
+        assert dict(merged[0]["proxies"]) == dict(merged[1]["proxies"])
+        assert {**merged[0], "proxies": None} == {**merged[1], "proxies": None}
+
+
+@pytest.mark.parametrize("change", list(CHANGES.values())[:4], ids=list(CHANGES)[:4])
+@pytest.mark.parametrize("url", [PDS, "https://direct.example.com", "http://pds.example.com"])
+def test_redirects_and_prepared_requests_have_the_proxies_that_they_have_in_requests(
+    change: Change, url: str, ours: OAuthSession, like: requests.Session
+) -> None:
+    request = requests.Request("GET", url, headers={"Proxy-Authorization": "x"}).prepare()
+    found = []
+    for session in (ours, like):
+        change(session)
+        trusted = session.trust_env
+        for proxies in ({}, {"https": "http://given:1"}, {"no_proxy": "pds.example.com"}):
+            copied = request.copy()
+            found.append((session.rebuild_proxies(copied, proxies), dict(copied.headers)))  # type: ignore[no-untyped-call]
+        assert session.trust_env is trusted
+    assert found[:3] == found[3:]
+
+
+@pytest.mark.parametrize("change", list(CHANGES.values())[:4], ids=list(CHANGES)[:4])
+def test_what_was_prepared_before_is_sent_by_the_proxies_that_it_has_in_requests(
+    change: Change, ours: OAuthSession, like: requests.Session
+) -> None:
+    sent = []
+
+    class Recorder(Canned):
+        def send(self, request: requests.PreparedRequest, *settings: Any, **options: Any) -> requests.Response:
+            sent.append(dict(settings[-1] if settings else options["proxies"]))
+            return super().send(request)
+
+    for session in (ours, like):
+        change(session)
+        session.adapters.clear()
+        session.adapters[""] = Recorder(OK)
+        session.send(requests.Request("GET", f"{PDS}/xrpc/a").prepare())
+    assert sent[0] == sent[1]
+
+
+PREPARED: list[tuple[Change, dict[str, Any]]] = [
+    (lambda session: None, {}),
+    (lambda session: None, {"headers": {"X": "1", "Accept": None}, "params": {"a": [1, 2], "b": None}}),
+    (lambda session: session.headers.update({"Accept": None}), {}),  # type: ignore[dict-item]
+    (lambda session: session.headers.update({"Y": "2"}), {"headers": {"y": "3"}, "json": {"a": 1}}),
+    (lambda session: setattr(session, "headers", {"Y": "2"}), {"data": b"abc"}),
+    (lambda session: setattr(session, "headers", None), {"headers": {"y": "3"}}),
+    (lambda session: setattr(session, "params", {"c": "d"}), {"params": {"c": "e", "f": "g"}}),
+    (lambda session: setattr(session, "params", {"c": "d", "e": None}), {}),
+    (lambda session: session.cookies.set("a", "b"), {"cookies": {"c": "d"}, "data": {"e": "f"}}),
+    (lambda session: setattr(session, "hooks", {"response": [print]}), {}),
+    (lambda session: setattr(session, "auth", ("user", "word")), {}),
+    (lambda session: setattr(session, "auth", ("user", "word")), {"auth": ("other", "word")}),
+    (lambda session: None, {"files": {"file": ("name", b"content", "text/plain")}, "hooks": {"response": [print]}}),
+]
+
+
+@pytest.mark.parametrize(("change", "options"), PREPARED)
+def test_requests_are_prepared_as_in_requests(
+    change: Change, options: dict[str, Any], ours: OAuthSession, like: requests.Session
+) -> None:
+    like.auth = lambda request: request  # requests would read ~/.netrc
+    prepared = []
+    for session in (ours, like):
+        change(session)
+        prepared.append(session.prepare_request(requests.Request("post", f"{PDS}/a?b=%20c", **options)))
+    found, expected = prepared
+    boundaries = [request.headers.get("Content-Type", "").partition("boundary=")[2] for request in prepared]
+    for request, boundary in zip(prepared, boundaries, strict=True):
+        if boundary:
+            request.headers["Content-Type"] = "multipart"
+            request.body = request.body.replace(boundary.encode(), b"-")  # type: ignore[union-attr, arg-type]
+    for name in ("method", "url", "headers", "body", "hooks"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize("path", ["/xrpc/a", "/a/../b/./c", "//pds.example.com/x", "xrpc/a", "?a=b", "/a//b", "", "."])
+def test_a_relative_url_is_taken_from_the_pds(path: str, ours: OAuthSession) -> None:
+    expected = requests.Request("GET", urljoin(PDS, path)).prepare().url
+    assert ours.prepare_request(requests.Request("GET", path)).url == expected
+
+
+def test_names_beyond_ascii_are_prepared_where_no_fork_happens(
+    ours: OAuthSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way: list[bool] = []
+    prepare = requests.PreparedRequest.prepare
+
+    def watched(self: requests.PreparedRequest, **options: Any) -> None:
+        under_way.append(bool(_fork._imports._under_way))
+        prepare(self, **options)
+
+    monkeypatch.setattr(requests.PreparedRequest, "prepare", watched)
+    assert (
+        ours.prepare_request(requests.Request("GET", "https://b\u00fccher.example/")).url
+        == "https://xn--bcher-kva.example/"
+    )
+    ours.prepare_request(requests.Request("GET", "/xrpc/a"))
+    assert under_way == [True, False]
+
+
+def test_a_client_that_does_not_trust_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
+    store = MemoryStore[Session]()
+    store.set(DID, make_session())
+    for trust_env, found in ((False, {}), (True, {"https": "http://proxy.example.com:3128"})):
+        with OAuthClient(ClientMetadata.loopback(), store=store, trust_env=trust_env) as client:
+            session = client.restore(DID)
+            assert session.trust_env is trust_env
+            assert session.merge_environment_settings(PDS, {}, None, None, None)["proxies"] == found
+            assert client._transport._environment.trusted is trust_env
+            monkeypatch.setenv("ALL_PROXY", "http://late.example.com")
+            assert session.merge_environment_settings(PDS, {}, None, None, None)["proxies"] == found
+            monkeypatch.delenv("ALL_PROXY")

@@ -6,6 +6,7 @@ import email.utils
 import html
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,17 +15,27 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
+from atproto_session._urls import origin
 from atproto_session.client_auth import authentication_params
-from atproto_session.discovery import ServerMetadata
+from atproto_session.discovery import Discovery, ServerMetadata
 from atproto_session.dpop import NonceCache
-from atproto_session.errors import OAuthResponseError, TransportError
+from atproto_session.errors import DiscoveryError, OAuthResponseError, TokenRefreshError, TransportError
+from atproto_session.identity import IdentityResolver
 from atproto_session.keys import Keyset, generate_jwk
 from atproto_session.metadata import ClientMetadata
-from atproto_session.server import ANSWER_WITHIN, REPLY_WITHIN, AuthorizationServer, masked, retry_after
+from atproto_session.server import (
+    ANSWER_WITHIN,
+    REPLY_WITHIN,
+    AccountAuthority,
+    AuthorizationServer,
+    masked,
+    retry_after,
+)
 from atproto_session.session import ClientAuthMethod, fault_in
 from atproto_session.transport import Response, Transport
 
-from .core import KEY, make_session
+from .core import DID, KEY, SOON, make_session, make_tokens
+from .test_discovery import metadata
 
 ISSUER = "https://auth.example.com"
 METADATA = ServerMetadata(
@@ -393,3 +404,79 @@ def test_the_access_token_of_a_session_is_masked_too() -> None:
     with pytest.raises(OAuthResponseError) as caught:
         server(Answering(answer({"error": "x", "error_description": f"not {token}"}, 400))).refresh(session, NONE)
     assert token not in str(caught.value)
+
+
+# Who is asked before a refresh
+
+PDS, NEW_PDS = "https://pds.example.com", "https://new.example.com"
+
+
+class Together(Transport):
+    """A directory and servers that answer when all of ``expected`` have been asked."""
+
+    def __init__(self, pds: str, *expected: str) -> None:
+        super().__init__()
+        self._pds = pds
+        self._expected = set(expected)
+        self.asked: list[str] = []
+        self.all_asked = threading.Event()
+        self.dark: set[str] = set()
+
+    def get_json(self, url: str, **options: Any) -> dict[str, Any]:
+        self.asked.append(url)
+        if self._expected <= set(self.asked):
+            self.all_asked.set()
+        assert self.all_asked.wait(SOON)
+        if url in self.dark:
+            raise TransportError("no answer")
+        if url.startswith("https://plc."):
+            service = {"id": "#atproto_pds", "type": "AtprotoPersonalDataServer", "serviceEndpoint": self._pds}
+            return {"id": DID, "service": [service]}
+        if url.endswith("oauth-protected-resource"):
+            return {"resource": origin(url), "authorization_servers": [ISSUER]}
+        return metadata(issuer=ISSUER)
+
+
+def authority_over(transport: Transport) -> AccountAuthority:
+    identities = IdentityResolver(transport, plc_directory="https://plc.example.com")
+    client = ClientMetadata.loopback()
+    return AccountAuthority(identities, Discovery(transport), transport, NonceCache(), client, None)
+
+
+def resource(pds: str) -> str:
+    return f"{pds}/.well-known/oauth-protected-resource"
+
+
+DOCUMENT = f"https://plc.example.com/{DID}"
+SERVER = f"{ISSUER}/.well-known/oauth-authorization-server"
+
+
+def test_directory_pds_and_server_are_asked_side_by_side() -> None:
+    """Each of them answers only when the others have been asked."""
+    transport = Together(PDS, DOCUMENT, resource(PDS), SERVER)
+    authority = authority_over(transport)
+    session = make_session(token_set=make_tokens(iss=ISSUER, aud=PDS))
+    authority.prepare(session)
+    assert sorted(transport.asked) == sorted([DOCUMENT, resource(PDS), SERVER])
+    transport.asked.clear()
+    authority.prepare(session)
+    assert sorted(transport.asked) == sorted([DOCUMENT, resource(PDS)]), "the server is known, the rest asked afresh"
+
+
+def test_an_account_that_has_moved_is_not_judged_by_its_old_pds() -> None:
+    transport = Together(NEW_PDS, DOCUMENT)
+    transport.dark.add(resource(PDS))
+    authority = authority_over(transport)
+    session = make_session(token_set=make_tokens(iss=ISSUER, aud=PDS))
+    authority.prepare(session)
+    assert resource(NEW_PDS) in transport.asked
+
+
+def test_what_the_pds_answers_counts_however_early_it_was_asked() -> None:
+    transport = Together(PDS, DOCUMENT)
+    authority = authority_over(transport)
+    with pytest.raises(TokenRefreshError, match="now belongs to"):
+        authority.prepare(make_session(token_set=make_tokens(iss="https://other.example.com", aud=PDS)))
+    transport.dark.add(resource(PDS))
+    with pytest.raises(DiscoveryError, match="no answer"):
+        authority.prepare(make_session(token_set=make_tokens(iss=ISSUER, aud=PDS)))

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from atproto_session import _threads
 from atproto_session._adapter import Bounds, HardenedAdapter, Network, look_up_aside
+from atproto_session._environment import Environment
 from atproto_session.errors import TransportError
 from atproto_session.transport import Response, Transport, UnusableResponse
 
@@ -544,10 +545,12 @@ def test_a_proxy_of_the_environment_is_used_and_its_own_address_is_the_operators
     certificates.issue_cert("pds.example.com").configure_cert(server_side)
     certificates.cert_pem.write_to_path(tmp_path / "ca.pem")
     with ScriptedServer(replying(answer(200, b"tunnelled")), tls=server_side) as server, Proxy(server.port) as proxy:
-        transport = Transport(ca_bundle=str(tmp_path / "ca.pem"))
+        ca_bundle = str(tmp_path / "ca.pem")
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:word@127.0.0.1:{proxy.port}")
-        assert transport.request("GET", "https://pds.example.com/").body == b"tunnelled"
+        transport = Transport(ca_bundle=ca_bundle)
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        assert transport.request("GET", "https://pds.example.com/").body == b"tunnelled", "the environment is read once"
+        transport = Transport(ca_bundle=ca_bundle)
         with pytest.raises(TransportError, match="407") as declined:
             transport.request("GET", "https://pds.example.com/")
         with pytest.raises(TransportError, match="full name"):
@@ -769,3 +772,100 @@ def test_what_is_raised_in_a_spawned_thread_reaches_whoever_asks() -> None:
 
     with pytest.raises(KeyError):
         look_up_aside(work).get(GENEROUS)
+
+
+# Connections that are kept
+
+
+def keeping(times: int, replies: bytes = answer(200, b"{}", content_type="application/json")) -> Callable[..., None]:
+    """Answers so many requests on a connection, and closes it when another one comes."""
+
+    def script(connection: socket.socket) -> None:
+        for _ in range(times):
+            read_request(connection)
+            connection.sendall(replies)
+        read_request(connection)
+
+    return script
+
+
+def test_documents_share_a_connection_and_nothing_else_does() -> None:
+    with ScriptedServer(keeping(5)) as server:
+        transport, url = Transport(allow_http=True), f"http://127.0.0.1:{server.port}/"
+        for _ in range(3):
+            transport.get_json(url)
+        assert server.accepted == 1
+        for number in range(3):
+            assert transport.request("POST", url, data={"refresh_token": "x"}, lenient=True).status == 200
+            assert server.accepted == 2 + number
+        transport.get_json(url)
+        assert server.accepted == 4
+        transport.close()
+        transport.get_json(url)
+        assert server.accepted == 5
+        transport.close()
+
+
+def test_a_document_is_asked_for_again_if_the_connection_had_been_kept_too_long(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ScriptedServer(keeping(1)) as server:
+        transport, url = Transport(allow_http=True), f"http://127.0.0.1:{server.port}/"
+        for number in range(3):
+            assert transport.get_json(url) == {}
+            assert server.accepted == 1 + number
+    assert caplog.messages == []
+
+
+def test_an_answer_that_had_begun_is_not_asked_for_again() -> None:
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(answer(200, b"{}"))
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Le")
+
+    with ScriptedServer(script) as server:
+        transport, url = Transport(allow_http=True), f"http://127.0.0.1:{server.port}/"
+        transport.request("GET", url)
+        with pytest.raises(TransportError, match="cut off"):
+            transport.request("GET", url)
+        assert server.accepted == 1
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atproto_session.transport._IDLE_FOR", -1.0)
+    with ScriptedServer(keeping(9)) as server:
+        transport, url = Transport(allow_http=True), f"http://127.0.0.1:{server.port}/"
+        for number in range(3):
+            transport.get_json(url)
+            assert server.accepted == 1 + number
+
+
+def test_a_body_that_is_too_large_ends_its_connection() -> None:
+    with ScriptedServer(keeping(2, answer(200, b"a" * 200_000))) as server:
+        transport, url = Transport(allow_http=True, max_bytes=999), f"http://127.0.0.1:{server.port}/"
+        for number in range(2):
+            with pytest.raises(TransportError, match="too large"):
+                transport.request("GET", url)
+            assert server.accepted == 1 + number
+
+
+def test_an_address_needs_no_look_up_and_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("atproto_session._adapter.spawn", no_thread)
+    with ScriptedServer(keeping(1)) as server:
+        assert Transport(allow_http=True).get_json(f"http://127.0.0.1:{server.port}/") == {}
+        with pytest.raises(TransportError, match="no thread"):
+            Transport(allow_http=True).get_json(f"http://localhost:{server.port}/")
+
+
+def test_an_environment_that_is_not_trusted_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "nowhere.pem")
+    with ScriptedServer(keeping(1)) as server:
+        transport = Transport(allow_http=True, environment=Environment(trusted=False))
+        assert transport.get_json(f"http://127.0.0.1:{server.port}/") == {}
+    with pytest.raises(TransportError, match="resolve"):
+        transport.request("GET", "https://nowhere.invalid/")

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .._fork import importing
 from ..errors import CancelledError, LockTimeoutError, StoreError, printable
 from . import LockKind
 from ._places import check_private, make_private, path_of
@@ -57,7 +58,8 @@ class FileLocks:
 
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[_FileHold]:
-        from filelock import FileLock, Timeout  # not before it is needed: it costs 30 ms and brings asyncio along
+        with importing():
+            from filelock import FileLock, Timeout  # not before it is needed: it costs 30 ms and brings asyncio along
 
         deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         with self._threads.hold(name, timeout=timeout, cancel=cancel), ExitStack() as clean_up:
@@ -83,11 +85,23 @@ class FileLocks:
                     f"another process keeps the lock of {printable(name)}; try again later"
                 ) from None
             except OSError as error:
-                raise StoreError(
-                    f"the locks in {self._directory} cannot be used ({error}); it needs a directory that this user may "
-                    "write to, on a file system with file locks"
-                ) from error
+                raise self._failure(error) from error
             yield hold
+
+    def check(self) -> None:
+        """
+        :raises StoreError: the directory cannot be used.
+        """
+        try:
+            self._salts.read()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"the locks in {self._directory} cannot be used ({error}); it needs a directory that this user may write "
+            "to, on a file system with file locks"
+        )
 
     def _path_of(self, name: str, salt: bytes) -> Path:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), key=salt, digest_size=16).digest()
@@ -143,8 +157,8 @@ class _SaltFile:
             return False
 
     def _make(self) -> None:
-        from filelock import FileLock
-
+        with importing():
+            from filelock import FileLock
         lock = FileLock(self._directory / "salt.lock", mode=0o600, thread_local=False, preserve_lock_file=True)
         try:
             lock.acquire(timeout=_SALT_WITHIN, poll_interval=_POLL)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-import uuid
 from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -39,7 +39,7 @@ class ThreadLocks:
 
     def reset_after_fork(self) -> None:
         self._lines: dict[str, _Line] = {}
-        self._name = uuid.uuid4().hex  # a child's locks are not those of its parent
+        self._name = secrets.token_hex(16)  # a child's locks are not those of its parent
 
     @property
     def kind(self) -> LockKind:

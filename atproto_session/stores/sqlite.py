@@ -210,15 +210,21 @@ class _Database:
             with self._connections.turn():
                 _create(path)
 
+        def is_set_up() -> bool:
+            with self._connections.turn():
+                return _is_set_up(path)
+
         try:
             make_missing(path.parent)
             check_parent(path.parent)
             for side in _SIDES:
                 with suppress(FileNotFoundError):
                     check_private(Path(f"{path}{side}"))
-            # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
-            with self.locks.hold("schema", timeout=busy_timeout):
-                _patiently(create, busy_timeout)
+            self.locks.check()
+            if not (path.exists() and _patiently(is_set_up, busy_timeout)):
+                # Two processes that switch the same new file to WAL are not made to wait for each other by SQLite.
+                with self.locks.hold("schema", timeout=busy_timeout):
+                    _patiently(create, busy_timeout)
             self._identity = _identity_of(self.path)
         except LockTimeoutError as error:
             raise StoreError(f"{self.path} is being opened by other processes all the time", retryable=True) from error
@@ -296,10 +302,26 @@ def _create(path: Path) -> None:
                 raise StoreError(f"{path} is on a file system that SQLite's WAL mode does not work on")
             if _version_of(connection) == 0:
                 connection.executescript(_SCHEMA)
-            _check_version(connection)
-            with suppress(_LogInUse):
-                _empty_log(connection)  # of what a writer that was killed has left there
-            connection.execute("BEGIN IMMEDIATE")  # fails at once where nothing can be written
+            _check(connection)
+
+
+def _is_set_up(path: Path) -> bool:
+    """Whether the database is one that was made before. Then it is checked, without the lock that would be needed to
+    make it."""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=0.0)) as database:
+        database.execute("PRAGMA secure_delete = ON")
+        (mode,) = database.execute("PRAGMA journal_mode").fetchone()
+        is_there = mode == "wal" and _version_of(database) != 0
+        if is_there:
+            _check(database)
+        return is_there
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    _check_version(connection)
+    with suppress(_LogInUse):
+        _empty_log(connection)  # of what a writer that was killed has left there
+    connection.execute("BEGIN IMMEDIATE")  # fails at once where nothing can be written
 
 
 def _connect(uri: str) -> Connection:

@@ -132,10 +132,13 @@ class DeathScene(Scene):
             left = store.get(self.did)
             assert self.client.sessions.get_stored(self.did) == left
             assert set(store) == (set() if left is None else {self.did})
-            yield OAuthClient(ClientMetadata.loopback(), store=store, times=RESTLESS, **self.network.client_options())
+            options: Any = {"store": store, "times": RESTLESS, **self.network.client_options()}
+            with OAuthClient(ClientMetadata.loopback(), **options) as successor:
+                yield successor
 
     def settle(self) -> None:
         """Until the servers have done whatever the dead have asked for."""
+        self.client._transport.close()  # the connections that it keeps
         listeners = self.network._listeners
         wait_until(lambda: not any(listener._server._connections for listener in listeners))
 
@@ -174,7 +177,7 @@ class DeathScene(Scene):
             **self.network.client_options(),
         )
         requests = self.network.token_requests
-        with pytest.raises(TokenRefreshError) as caught:
+        with cautious, pytest.raises(TokenRefreshError) as caught:
             cautious.sessions.get_session(self.did, True, timeout=SOON)
         assert caught.value.answer_lost
         assert self.network.token_requests == requests

@@ -37,6 +37,7 @@ from atproto_session import (
     open_store,
 )
 from atproto_session._adapter import HardenedAdapter, Network
+from atproto_session._environment import Environment
 from atproto_session._signer import Signer
 from atproto_session.client_auth import resolve_stored
 from atproto_session.discovery import parse_server_metadata
@@ -72,7 +73,7 @@ def session_over(adapter: HTTPAdapter) -> OAuthSession:
     store = MemoryStore[Session]()
     store.set(DID, make_session())
     signer = Signer(SessionGetter(store, FakeAuthority()), DID, NonceCache())
-    return OAuthSession(signer, adapter, make_session())
+    return OAuthSession(signer, adapter, make_session(), Environment())
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ def pds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PDS]:
 @pytest.mark.duty(42)
 def test_resource_requests_use_the_proxy_of_the_environment(pds: PDS, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tunnel's far end sees the token, the proxy does not; the proxy sees its password, the far end does not."""
-    with Proxy(pds.port) as proxy, session_over(HardenedAdapter(network=pds.network())) as session:
+    with Proxy(pds.port) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:word@{LOOPBACK}:{proxy.port}")
-        assert session.get("/xrpc/a.b.c").status_code == 200
+        with session_over(HardenedAdapter(network=pds.network())) as session:
+            assert session.get("/xrpc/a.b.c").status_code == 200
     assert [line.rpartition(" ")[0] for line in proxy.lines] == [f"CONNECT {PDS_HOST}:443"]
     [(line, headers)] = pds.requests
     assert line == "GET /xrpc/a.b.c HTTP/1.1"
@@ -132,24 +134,23 @@ def test_resource_requests_use_the_proxy_of_the_environment(pds: PDS, monkeypatc
 @pytest.mark.duty(42)
 def test_hosts_that_are_to_have_no_proxy_have_none(pds: PDS, monkeypatch: pytest.MonkeyPatch) -> None:
     network = pds.network(is_allowed=lambda _: True)
-    with Proxy(pds.port) as proxy, session_over(HardenedAdapter(network=network)) as session:
+    with Proxy(pds.port) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:word@{LOOPBACK}:{proxy.port}")
-        monkeypatch.setenv("NO_PROXY", f"other.example.com,{PDS_HOST}")
-        transport = Transport(network=network)
-        assert session.get("/xrpc/a.b.c").status_code == 200
-        assert transport.request("GET", f"https://{PDS_HOST}/").status == 200
-        assert (len(proxy.lines), len(pds.requests)) == (0, 2)
-        monkeypatch.setenv("NO_PROXY", "other.example.com")
-        assert session.get("/xrpc/a.b.c").status_code == 200
-        assert transport.request("GET", f"https://{PDS_HOST}/").status == 200
-        assert (len(proxy.lines), len(pds.requests)) == (2, 4)
+        for no_proxy, seen in ((f"other.example.com,{PDS_HOST}", (0, 2)), ("other.example.com", (2, 4))):
+            monkeypatch.setenv("NO_PROXY", no_proxy)
+            transport = Transport(network=network)
+            with session_over(HardenedAdapter(network=network)) as session:
+                assert session.get("/xrpc/a.b.c").status_code == 200
+            assert transport.request("GET", f"https://{PDS_HOST}/").status == 200
+            assert (len(proxy.lines), len(pds.requests)) == seen
 
 
 @pytest.mark.duty(42)
 def test_a_host_without_proxy_is_judged_by_its_address(pds: PDS, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Proxy(pds.port) as proxy, session_over(HardenedAdapter(network=pds.network())) as session:
+    with Proxy(pds.port) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:word@{LOOPBACK}:{proxy.port}")
         monkeypatch.setenv("NO_PROXY", PDS_HOST)
+        session = session_over(HardenedAdapter(network=pds.network()))
         with pytest.raises(requests.ConnectionError, match="public Internet"):
             session.get("/xrpc/a.b.c")
     assert (proxy.lines, pds.requests) == ([], [])
