@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -147,7 +147,7 @@ class LoginFlow:
         return f"{endpoint}{'&' if urlsplit(endpoint).query else '?'}{query}"
 
     def end(
-        self, params: Mapping[str, Any] | str, bound_to: Sequence[str] | None, flight: Flight[Any]
+        self, params: Mapping[str, Any] | str, bound_to: Collection[str] | None, flight: Flight[Any]
     ) -> tuple[Session, PendingLogin]:
         """The session that the log-in brought, not stored yet. Everything that can be checked is, before the code is
         spent; from then on ``flight`` is committed."""
@@ -224,7 +224,7 @@ class LoginFlow:
 def _code_in(
     given: Mapping[str, str],
     login: PendingLogin,
-    bound_to: Sequence[str] | None,
+    bound_to: Collection[str] | None,
     refuse: Callable[[str], OAuthCallbackError],
 ) -> str:
     """The code, if the answer is the one to this log-in (RFC 6749 section 4.1.2, RFC 9207)."""
@@ -243,7 +243,7 @@ def _code_in(
     return code
 
 
-def _is_bound(login: PendingLogin, bound_to: Sequence[str] | None) -> bool:
+def _is_bound(login: PendingLogin, bound_to: Collection[str] | None) -> bool:
     if login.bound_to is None or bound_to is None:
         return login.bound_to is None and bound_to is None
     return any(hmac.compare_digest(_digest(secret), login.bound_to) for secret in bound_to)

@@ -337,7 +337,7 @@ def _parse_setting(value: object) -> list[Mapping[str, Any]]:
         return _keys_of(value)
     if not isinstance(value, str | bytes):
         raise _wrong("a key is PEM text or a JWK")
-    text = _to_text(value)
+    text = _to_text(value, "a key")
     # What sets variables (env files, most dashboards) keeps them on one line.
     return _parse(text.replace("\\n", "\n") if "-----BEGIN" in text else text)
 

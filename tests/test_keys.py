@@ -456,6 +456,8 @@ def test_keys_of_a_setting() -> None:
     wrong: list[Any] = [5, None, [5], [], "", {}, [{"keys": 5}], "secret-d", [{"d": "secret-d"}]]
     for setting in wrong:
         refusal(lambda setting=setting: Keyset.of(setting), "secret-d")  # type: ignore[misc]
+
+
 # Signatures
 
 
