@@ -434,7 +434,8 @@ def _moved_for_login(account: str | None, target: str | None) -> Response | None
 def _login_page(problem: Problem | None, account: str, target: object) -> Response:
     if problem is not None and _wants_json():
         return _as_json(problem)
-    return _page(problem, "atproto/login.html", account=account, next=_web.safe_next(target) or "")
+    values = {"atproto_account": account, "atproto_next": _web.safe_next(target)}
+    return _page(problem, "atproto/login.html", **values)
 
 
 def _problem_of_login(error: SessionError) -> Problem:

@@ -49,7 +49,6 @@ from .examples import EXAMPLES
 HERE = "http://127.0.0.1:5000"
 PUBLIC = "https://app.example.com"
 EVIL = {"Origin": "http://127.0.0.1:5001", "Sec-Fetch-Site": "same-site"}
-FORM = '{% include "atproto/login_form.html" %}'
 
 
 def make_app(network: LocalNetwork, store: str = "memory:", **settings: Any) -> Flask:
@@ -826,13 +825,15 @@ def test_the_forms_are_for_any_page(visitor: Visitor, account: Account) -> None:
     @visitor.app.get("/forms")
     def forms() -> str:
         return render_template_string(
-            "{{ current_account.did }}{% include 'atproto/login_form.html' %}{% include 'atproto/logout_form.html' %}"
+            "{{ current_account.did }}{% set atproto_next = request.path %}"
+            "{% include 'atproto/login_form.html' %}{% include 'atproto/logout_form.html' %}"
         )
 
     visitor.log_in(account)
     page = visitor.get("/forms").text
     assert account.did in page
     assert 'action="/atproto/login"' in page
+    assert 'name="next" value="/forms"' in page
     assert 'action="/atproto/logout"' in page
     assert "csrf_token" not in page
 
