@@ -17,6 +17,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def build(folder: Path) -> Path:
     shutil.copytree(HERE.parent / "atproto_session", source / "atproto_session")
     for name in ("setup.cfg", "pyproject.toml", "README.rst", "LICENSE"):
         shutil.copy(HERE.parent / name, source)
-    _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", wheels, source)
+    _pip("wheel", "--no-deps", "--wheel-dir", wheels, source)
     (wheel,) = wheels.iterdir()
     return wheel
 
@@ -129,26 +130,29 @@ def build(folder: Path) -> Path:
 def install(wheel: Path, extra: str) -> None:
     """Install the extra alone into an empty environment, and use it there."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
+        venv.create(folder)
         python = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        _pip(python, "install", f"{wheel}[{extra}]")
-        subprocess.run([python, "-P", __file__, extra], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        _pip("--python", python, "install", f"{wheel}[{extra}]")
+        _run(python, "-P", __file__, extra, cwd=folder)
 
 
-def _pip(python: str | Path, command: str, *arguments: str | Path) -> None:
-    subprocess.run(
-        [python, "-m", "pip", "--disable-pip-version-check", command, "--quiet", *arguments],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+def _pip(*arguments: str | Path) -> None:
+    _run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def _run(*command: str | Path, cwd: str | None = None) -> None:
+    """What a program says is of interest only if it fails."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(Path(folder))
-        for extra in extras():
-            install(wheel, extra)
-            print(f"{extra} works alone", flush=True)
+        with ThreadPoolExecutor(4) as pool:
+            for extra, _ in zip(extras(), pool.map(lambda extra: install(wheel, extra), extras()), strict=True):
+                print(f"{extra} works alone", flush=True)
 
 
 if __name__ == "__main__":
