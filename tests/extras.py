@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -71,23 +71,24 @@ class Blocker(MetaPathFinder):
     def __init__(self, extra: str) -> None:
         allowed = closure(extra) | {_MEASURES}
         modules = importlib.metadata.packages_distributions()
-        self._blocked = {
+        self.blocked = {
             module for module, owners in modules.items() if not allowed & {_normal(owner) for owner in owners}
         }
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] in self._blocked:
+        if name.partition(".")[0] in self.blocked:
             raise ModuleNotFoundError(f"{name} does not come with this extra", name=name)
 
 
 def smoke(extra: str) -> None:
     """Use the extra. Raises whatever is wrong."""
-    sys.meta_path.insert(0, Blocker(extra))
+    blocker = Blocker(extra)
+    sys.meta_path.insert(0, blocker)
     program = PROGRAMS / f"{extra}.py"
     if program.exists():
         runpy.run_path(str(program), run_name="__main__")
     else:
-        using = sorted(modules_of(extra))
+        using = sorted(modules_of(extra, blocker.blocked))
         if not using:
             raise SystemExit(f"no module uses the extra {extra}, and there is no {program}")
         for module in using:
@@ -95,15 +96,16 @@ def smoke(extra: str) -> None:
     print("works")
 
 
-def modules_of(extra: str) -> Iterator[str]:
-    """The modules of the library that import, somewhere, what the extra brings itself."""
+def modules_of(extra: str, missing: Set[str]) -> Iterator[str]:
+    """The modules of the library that import, somewhere, what the extra brings itself, and nothing that is missing."""
     brought = {name for name, _ in requirements(NAME, [extra])} - {name for name, _ in requirements(NAME, [])}
     owners = importlib.metadata.packages_distributions()
     names = {module for module, of in owners.items() if brought & {_normal(owner) for owner in of}}
     package = importlib.import_module("atproto_session")
     root = Path(package.__file__ or "").parent
     for path in root.rglob("*.py"):
-        if names & set(_imported(path)):
+        imported = set(_imported(path))
+        if imported & names and not imported & missing:
             parts = path.relative_to(root.parent).with_suffix("").parts
             yield ".".join(parts).removesuffix(".__init__")
 
