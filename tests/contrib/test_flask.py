@@ -45,6 +45,7 @@ from ..core import RESTLESS, Worker
 from ..processes import ROOT, in_child
 from ..scenes import GET_SESSION
 from .examples import EXAMPLES
+from .test_web import PEM
 
 HERE = "http://127.0.0.1:5000"
 PUBLIC = "https://app.example.com"
@@ -471,15 +472,14 @@ def test_a_proxy_may_hide_the_public_address(network: LocalNetwork, account: Acc
     client_of(app).close()
 
 
-def test_settings_come_from_the_environment(
-    network: LocalNetwork, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("keys", [json.dumps(generate_jwk()), PEM], ids=["jwk", "pem"])
+def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
     key = Fernet.generate_key().decode()
     given = {
         "SECRET_KEY": "for tests",
         "ATPROTO_PUBLIC_URL": PUBLIC,
         "ATPROTO_SCOPE": "atproto transition:generic",
-        "ATPROTO_KEYS": json.dumps(generate_jwk()),
+        "ATPROTO_KEYS": keys,
         "ATPROTO_ENCRYPTION_KEYS": json.dumps([key]),
         "ATPROTO_STORE": f"sqlite:///{tmp_path}/sessions.db",
         "ATPROTO_PREFIX": "/account",
@@ -744,6 +744,36 @@ def test_a_log_in_that_was_begun_in_another_way(visitor: Visitor, network: Local
     for state in ("mine", "[1, 2, 3]", None):
         url = client_of(visitor.app).authorize(account.did, state=state, redirect_uri=redirect_uri)
         assert visitor.come_back(network.authorize(url, account)).status_code == 400
+
+
+def test_a_session_of_another_client_is_none(network: LocalNetwork, account: Account, tmp_path: Path) -> None:
+    """In development, another scope makes another client."""
+    store = f"sqlite:///{tmp_path}/sessions.db"
+    before, now = make_app(network, store), make_app(network, store, ATPROTO_SCOPE="atproto transition:generic")
+    visitor = Visitor(before, network)
+    visitor.log_in(account)
+    same = Visitor(now, network).with_cookie(visitor.cookie())
+    assert same.get("/").text == "Who are you?"
+    assert same.get("/data").status_code == 303
+    same.log_in(account)
+    assert same.get("/data").status_code == 200
+    assert visitor.get("/data").status_code == 200, "and is left alone"
+    for app in (before, now):
+        client_of(app).close()
+
+
+def test_a_handler_of_the_application_comes_first(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network)
+    app.register_error_handler(SessionError, lambda error: ("my own", 418))
+    app.register_error_handler(requests.RequestException, lambda error: ("my own", 418))
+    visitor = Visitor(app, network)
+    visitor.log_in(account)
+    network.fault("resource", "status", status=500, times=None)
+    assert visitor.get("/data").status_code == 418
+    network.expire_access_tokens(account.did)
+    network.fault("refresh", "oauth_error", error="invalid_client", times=None)
+    assert visitor.get("/data").status_code == 418
+    client_of(app).close()
 
 
 def test_bugs_stay_errors(visitor: Visitor, account: Account) -> None:
