@@ -935,8 +935,16 @@ def test_below_a_mount_point(network: LocalNetwork, account: Account) -> None:
 # Beside other extensions
 
 
-def test_flask_wtf_has_its_say(network: LocalNetwork, account: Account) -> None:
-    app = make_app(network)
+def test_flask_wtf_may_be_switched_off_for_tests(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network, WTF_CSRF_ENABLED=False)
+    CSRFProtect(app)
+    Visitor(app, network).log_in(account)
+    client_of(app).close()
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_flask_wtf_has_its_say(network: LocalNetwork, account: Account, by_default: bool) -> None:
+    app = make_app(network, WTF_CSRF_CHECK_DEFAULT=by_default)
     CSRFProtect(app)
     app.add_url_rule("/out", view_func=lambda: render_template_string('{% include "atproto/logout_form.html" %}'))
     visitor = Visitor(app, network)
