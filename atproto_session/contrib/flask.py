@@ -421,6 +421,10 @@ def _refuse_foreign_pages() -> None:
         problem = Problem(HTTPStatus.FORBIDDEN, "foreign_page", "This form was sent by a page of another site.")
         page = _as_json(problem) if _wants_json() else _page(problem, "atproto/problem.html")
         abort(page)
+    # Flask-WTF has checked its token already, unless WTF_CSRF_CHECK_DEFAULT leaves that to the views.
+    csrf = current_app.extensions.get("csrf")
+    if csrf is not None and current_app.config.get("WTF_CSRF_ENABLED") and not g.get("csrf_valid"):
+        csrf.protect()
 
 
 def _moved_for_login(account: str | None, target: str | None) -> Response | None:
@@ -434,7 +438,8 @@ def _moved_for_login(account: str | None, target: str | None) -> Response | None
 def _login_page(problem: Problem | None, account: str, target: object) -> Response:
     if problem is not None and _wants_json():
         return _as_json(problem)
-    return _page(problem, "atproto/login.html", account=account, next=_web.safe_next(target) or "")
+    values = {"atproto_account": account, "atproto_next": _web.safe_next(target)}
+    return _page(problem, "atproto/login.html", **values)
 
 
 def _problem_of_login(error: SessionError) -> Problem:
