@@ -359,8 +359,10 @@ class Deployment:
 
     def restart_celery(self) -> None:
         """Tasks wait meanwhile."""
-        self.expire()
-        assert self.celery.stop() == 0
+        # Celery (5.7) may wait for half a minute at its end, if it has to end tasks then.
+        with self.senders.resting():
+            self.expire()
+            assert self.celery.stop() == 0
         self.expire()
         self.celery.start()
 
