@@ -80,6 +80,8 @@ _SETTING = "ATPROTO_"
 #: How long a request to an account's server may take, in seconds, unless a view says otherwise: less than the 30 after
 #: which gunicorn takes a worker for dead.
 _TOTAL_TIMEOUT = 25.0
+#: How long a person who logs out waits for the server of the account, in seconds. It is told in the background then.
+_END_WITHIN = 5.0
 #: How long to look for a handle, in seconds.
 _HANDLE_WITHIN = 5.0
 
@@ -402,7 +404,7 @@ def _end(did: str | None, session_id: str | None) -> None:
     if did is None:
         return
     try:
-        _state().client.revoke(did, session_id=session_id)
+        _state().client.revoke(did, session_id=session_id, timeout=_END_WITHIN)
     except SessionError as error:
         if not error.login_required:  # it is not there, or another client's
             raise
