@@ -67,13 +67,7 @@ app.conf.update(
     worker_enable_remote_control=False,
 )
 if scene.get("site"):
-    from flask import Flask
-
-    from atproto_session.contrib.flask import ATProto
-
-    site: Flask = importlib.import_module(scene["site"]).application
-    with site.app_context():
-        client = ATProto().client
+    client = importlib.import_module(scene["site"]).client()
 else:
     client = OAuthClient(ClientMetadata.loopback(), store=scene["store"], times=RESTLESS, **scene["options"])
 add_keep_alive(app, client, schedule=scene["keep_alive_every"], idle=scene["idle"], pace=0)

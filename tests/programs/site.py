@@ -7,6 +7,9 @@ import os
 import runpy
 from typing import Any
 
+from atproto_session import OAuthClient
+from atproto_session.contrib.flask import ATProto
+
 from ..core import RESTLESS
 from ..processes import ROOT
 
@@ -24,3 +27,8 @@ def sign(response: Any) -> Any:
     """Tell which process has answered."""
     response.headers["X-Worker"] = str(os.getpid())
     return response
+
+
+def client() -> OAuthClient:
+    with application.app_context():
+        return ATProto().client
