@@ -15,6 +15,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry, Timeout
 
 from ._adapter import Bounds, HardenedAdapter
+from ._checks import check_seconds
 from ._signer import Flow, Signer, let_go, rewind
 from ._urls import origin
 from .errors import TransportError, printable
@@ -218,6 +219,8 @@ class OAuthSession(requests.Session):
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         """As in requests."""
         timeout = options.get("timeout")
+        if self.total_timeout is not None:
+            check_seconds(total_timeout=self.total_timeout)
         # The requests of a redirect come here with the bounds of the first one.
         if self.total_timeout is not None and not isinstance(timeout, Bounds):
             if not isinstance(timeout, Timeout):

@@ -305,11 +305,16 @@ class SessionGetter:
             flight = self._flights.charter(
                 sub, lambda flight: drive(flight, protocol, world), committed=orphan is not None
             )
-        except SessionError:
+        except SessionError as error:
             if orphan is not None:
                 self._world.revoke(orphan)
+            error.about(sub)
             raise
-        flight.wait(deadline)
+        try:
+            flight.wait(deadline)
+        except SessionError as error:
+            error.about(sub)
+            raise
         flight.over.wait(deadline - time.monotonic())  # and no longer for what follows at the server
 
     def close(self) -> None:

@@ -307,3 +307,10 @@ def test_auth_for_another_library(client: OAuthClient, session: OAuthSession) ->
 
     with pytest.raises(TypeError, match="is for requests"):
         client.auth(session.did)(Request())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [("5", TypeError), (True, TypeError), (-1, ValueError)])
+def test_a_total_timeout_is_a_number_of_seconds(wrong: Any, problem: type[Exception], session: OAuthSession) -> None:
+    session.total_timeout = wrong
+    with pytest.raises(problem, match="total_timeout is a number of seconds"):
+        session.get(GET_SESSION)
