@@ -137,6 +137,8 @@ class SessionGetter:
         :raises CancelledError: ``cancel`` was set.
         :raises StoreError: the store cannot be used.
         :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
+        :raises ValueError: ``refresh`` is none of the three.
+        :raises TypeError: an argument is of another kind than it has to be; the message names it.
         """
         try:
             check_texts(sub=sub)

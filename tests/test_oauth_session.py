@@ -273,7 +273,7 @@ def test_urls_that_are_none(network: LocalNetwork, session: OAuthSession) -> Non
 
 
 def test_retries_that_are_none(client: OAuthClient) -> None:
-    with pytest.raises(TypeError, match="number of tries, not str"):
+    with pytest.raises(TypeError, match="number of tries, or None, not str"):
         OAuthClient(client.metadata, store="memory:", retries="3")  # type: ignore[arg-type]
     OAuthClient(client.metadata, store="memory:", retries=3).close()
 

@@ -83,6 +83,7 @@ class MemoryStore(Generic[V]):
     :param max_entries: keep this many values; the one that was not used for longest goes first. Not for sessions that
         matter.
     :raises ValueError: ``max_entries`` is less than 1.
+    :raises TypeError: it is no number.
     """
 
     raises_only_session_errors = True
