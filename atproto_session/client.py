@@ -274,6 +274,8 @@ class OAuthClient:
         :raises TransportError: the server gave no usable answer.
         :raises StoreError: the log-in could not be stored.
         :raises LockTimeoutError: ``timeout`` is over.
+        :raises TypeError: an argument is of another kind than it has to be; the message names it.
+        :raises ValueError: one of those that are sent has characters that cannot be.
         """
         options = {
             "scope": scope,

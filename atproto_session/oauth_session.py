@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry, Timeout
 
 from ._adapter import Bounds, HardenedAdapter
+from ._checks import check_seconds
 from ._environment import Environment
 from ._fork import importing
 from ._signer import Flow, Signer, let_go, rewind
@@ -259,6 +260,8 @@ class OAuthSession(requests.Session):
         if "proxies" not in options:
             options["proxies"] = self._resolved(request.url or "", self.proxies or {})
         timeout = options.get("timeout")
+        if self.total_timeout is not None:
+            check_seconds(total_timeout=self.total_timeout)
         # The requests of a redirect come here with the bounds of the first one.
         if self.total_timeout is not None and not isinstance(timeout, Bounds):
             if not isinstance(timeout, Timeout):

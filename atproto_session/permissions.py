@@ -119,7 +119,9 @@ def permits(granted: str, scope: str) -> bool:
     :param granted: scopes, separated by spaces.
     :param scope: one scope, or several, separated by spaces: then all have to be permitted. A wildcard asks for
         everything that it stands for, and an action that is left out for all that the scope has without it.
+    :raises TypeError: one of them is no string.
     """
+    _check_texts(granted=granted, scope=scope)
     tokens = frozenset(granted.split())
     known = [each for each in map(_parse, tokens) if each is not None]
     asked = scope.split()
@@ -128,7 +130,11 @@ def permits(granted: str, scope: str) -> bool:
 
 def missing(granted: str, asked: str) -> list[str]:
     """Which of the scopes ``asked`` have not been granted. An ``include:`` counts as granted if anything is that its
-    permission set may hold: nobody but the server knows what it does hold."""
+    permission set may hold: nobody but the server knows what it does hold.
+
+    :raises TypeError: one of them is no string.
+    """
+    _check_texts(granted=granted, asked=asked)
     tokens = frozenset(granted.split())
     known = [each for each in map(_parse, tokens) if each is not None]
     return [
@@ -154,6 +160,14 @@ def expand(include: str, permission_set: Mapping[str, Any]) -> list[str]:
         raise ValueError('permission_set is no permission set: its "permissions" are not a list of objects')
     included = (_included(scope, permission) for permission in permissions)
     return [_format(each) for each in included if each is not None]
+
+
+def _check_texts(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            raise TypeError(
+                f"{name} is a string, such as 'repo:app.bsky.feed.post?action=create', not {type(value).__name__}"
+            )
 
 
 def _is_permitted(tokens: frozenset[str], known: Iterable[_Scope], scope: str) -> bool:

@@ -218,10 +218,6 @@ class TokenInfo:
             that it stands for; ``repo:app.bsky.feed.post`` asks for all three actions.
         :raises TypeError: ``scope`` is no string.
         """
-        if not isinstance(scope, str):
-            raise TypeError(
-                f"scope is a string, such as 'repo:app.bsky.feed.post?action=create', not {type(scope).__name__}"
-            )
         return permissions.permits(self.scope, scope)
 
 

@@ -139,6 +139,8 @@ class SessionGetter:
         :raises CancelledError: ``cancel`` was set.
         :raises StoreError: the store cannot be used.
         :raises SessionError: whatever else kept the refresh from being sent; nothing is lost.
+        :raises ValueError: ``refresh`` is none of the three.
+        :raises TypeError: an argument is of another kind than it has to be; the message names it.
         """
         try:
             check_texts(sub=sub)
@@ -312,11 +314,16 @@ class SessionGetter:
             flight: Flight[T] = self._flights.charter(
                 sub, lambda flight: drive(flight, protocol, world), committed=orphan is not None
             )
-        except SessionError:
+        except SessionError as error:
             if orphan is not None:
                 self._world.revoke(orphan)
+            error.about(sub)
             raise
-        result = flight.wait(deadline)
+        try:
+            result = flight.wait(deadline)
+        except SessionError as error:
+            error.about(sub)
+            raise
         flight.over.wait(deadline - time.monotonic())  # and no longer for what follows at the server
         return result
 

@@ -23,6 +23,7 @@ from atproto_session.dpop import Answer, NonceCache, challenge_errors
 from atproto_session.identity import check_did, check_handle, parse_account, parse_did_document
 from atproto_session.keys import generate_jwk, load_private_key, public_jwk, thumbprint
 from atproto_session.metadata import is_subset, parse_scope
+from atproto_session.permissions import expand, missing, permits
 from atproto_session.server import AuthorizationServer
 from atproto_session.session import ClientAuthMethod, from_document, to_document
 from atproto_session.stores.codec import Codec
@@ -202,6 +203,12 @@ HEADERS = st.dictionaries(
 )
 SESSION_DOCUMENT = to_document(DID, make_session())
 CODEC = Codec()
+PERMISSION_SET = {
+    "permissions": [
+        {"resource": "repo", "collection": ["com.example.event"], "action": ["create"]},
+        {"resource": "rpc", "lxm": ["com.example.getEvent"], "aud": "*", "inheritAud": True},
+    ]
+}
 
 TARGETS: dict[str, Target] = {
     "handles": Target(
@@ -260,6 +267,20 @@ TARGETS: dict[str, Target] = {
     "scopes": Target(
         st.text(max_size=200) | damaged_text("atproto transition:generic repo:*?action=create"),
         lambda text: (allowing(ValueError)(parse_scope)(text), allowing(ValueError)(lambda t: is_subset(t, t))(text)),
+    ),
+    "granted scopes": Target(
+        st.text(max_size=200)
+        | damaged_text("repo?collection=a.b.c&action=create rpc:a.b.c?aud=did:web:a.com%23x blob:*/*"),
+        lambda text: (
+            permits(text, text),
+            permits("transition:generic", text),
+            missing(text, text),
+            missing(text, "repo:*"),
+        ),
+    ),
+    "permission sets": Target(
+        JSON | damaged(PERMISSION_SET),
+        allowing(ValueError)(lambda document: expand("include:com.example.auth", document)),
     ),
 }
 

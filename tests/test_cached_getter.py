@@ -151,6 +151,7 @@ def test_a_value_is_stored_even_if_its_caller_gave_up(source: Source, store: Mem
     getter = CachedGetter(source, store)
     with pytest.raises(LockTimeoutError):
         getter.get("a", timeout=0.01)
+    source.gate.wait_until_reached()  # or it would be closed before it has begun
     source.gate.open()
     getter.close()
     assert store.get("a") == "a-1"

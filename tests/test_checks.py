@@ -353,9 +353,15 @@ def test_every_public_call_is_tried() -> None:
         (cached, "make one in each process"),
         (Keyset.generate, "have each process read the keys"),
         (lambda: client().auth(DID), "call it again"),
+        (MemoryStore, "which each of them opens"),
+        (lambda: store_of("json"), "open it in each process"),
+        (lambda: store_of("sqlite"), "open it in each process"),
     ],
 )
-def test_what_belongs_to_its_process_says_what_to_send_instead(thing: Callable[[], object], instead: str) -> None:
+def test_what_belongs_to_its_process_says_what_to_send_instead(
+    thing: Callable[[], object], instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError, match=instead):
         pickle.dumps(thing())
 

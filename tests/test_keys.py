@@ -259,7 +259,7 @@ class TestKeyset:
         [
             ([], "at least one key"),
             (["a"], "key 1 is not a JWK"),
-            ({"keys": []}, "key 1 is not a JWK"),
+            ({"keys": []}, "Keyset.from_jwks() reads a JWKS"),
             ([KNOWN, {**OTHER, "kty": "RSA"}], "key 2 is not a private ES256 key: kty"),
             ([public_jwk(KNOWN)], "d is missing"),
             ([{**KNOWN, "kid": ""}], "kid"),

@@ -286,7 +286,7 @@ def test_urls_that_are_none(network: LocalNetwork, session: OAuthSession) -> Non
 
 
 def test_retries_that_are_none(client: OAuthClient) -> None:
-    with pytest.raises(TypeError, match="number of tries, not str"):
+    with pytest.raises(TypeError, match="number of tries, or None, not str"):
         OAuthClient(client.metadata, store="memory:", retries="3")  # type: ignore[arg-type]
     OAuthClient(client.metadata, store="memory:", retries=3).close()
 
@@ -508,3 +508,8 @@ def test_a_client_that_does_not_trust_the_environment(monkeypatch: pytest.Monkey
             monkeypatch.setenv("ALL_PROXY", "http://late.example.com")
             assert session.merge_environment_settings(PDS, {}, None, None, None)["proxies"] == found
             monkeypatch.delenv("ALL_PROXY")
+@pytest.mark.parametrize(("wrong", "problem"), [("5", TypeError), (True, TypeError), (-1, ValueError)])
+def test_a_total_timeout_is_a_number_of_seconds(wrong: Any, problem: type[Exception], session: OAuthSession) -> None:
+    session.total_timeout = wrong
+    with pytest.raises(problem, match="total_timeout is a number of seconds"):
+        session.get(GET_SESSION)

@@ -1009,8 +1009,9 @@ def test_a_log_in_that_cannot_be_stored_is_revoked() -> None:
     store = FailingStore()
     rig = Rig(None, store)
     store.failures["replace"] = 1
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as caught:
         rig.getter.set_stored(DID, make_session())
+    assert caught.value.did == DID
     assert rig.authority.revoked == ["refresh-1"]
     assert rig.events == []
 
@@ -1142,6 +1143,7 @@ def test_a_log_out_waits_for_no_store_beyond_its_time() -> None:
     with pytest.raises(LockTimeoutError, match="goes on without you") as caught:
         rig.getter.delete_stored(DID, revoke=True, timeout=0.05)
     assert caught.value.retryable
+    assert (caught.value.did, caught.value.session_id) == (DID, None)
     gate.open()
     rig.getter.close()
     assert rig.stored is None

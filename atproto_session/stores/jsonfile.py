@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from .._checks import check_texts
+from .._checks import check_texts, refuse_to_pickle
 from ..errors import LockTimeoutError, StoreError, printable
 from ..locks import FileLocks
 from ..locks._places import make_private, path_of
@@ -50,6 +50,7 @@ class JSONStore:
     """
 
     raises_only_session_errors = True
+    __reduce__ = refuse_to_pickle("a JSONStore", "open it in each process, by the same path or URL")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from .._checks import check_kind, check_texts
+from .._checks import check_kind, check_texts, refuse_to_pickle
 from .._fork import copy_of
 from ..errors import StoreError
 from ..locks import LockKind, ThreadLocks
@@ -83,9 +83,14 @@ class MemoryStore(Generic[V]):
     :param max_entries: keep this many values; the one that was not used for longest goes first. Not for sessions that
         matter.
     :raises ValueError: ``max_entries`` is less than 1.
+    :raises TypeError: it is no number.
     """
 
     raises_only_session_errors = True
+    # A copy would spend the same refresh tokens again.
+    __reduce__ = refuse_to_pickle(
+        "a MemoryStore", "it is for one process; processes share a file or a database, which each of them opens"
+    )
 
     def __init__(self, max_entries: int | None = None) -> None:
         if not isinstance(max_entries, int | None):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from .._checks import check_seconds, check_texts
+from .._checks import check_seconds, check_texts, refuse_to_pickle
 from .._fork import close_at_end
 from ..errors import LockTimeoutError, StoreError
 from ..locks import FileLocks
@@ -70,6 +70,7 @@ class SQLiteStore:
     """
 
     raises_only_session_errors = True
+    __reduce__ = refuse_to_pickle("an SQLiteStore", "open it in each process, by the same path or URL")
 
     def __init__(
         self,
