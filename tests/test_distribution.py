@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .distribution import build, tracked_files
+from .processes import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,19 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(distributions: list[P
     )
     assert "atproto-session = atproto_session.cli:main" in entry_points
     assert "[pytest11]" in entry_points
+
+
+def test_the_workflow_runs_the_two_commands_with_each_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
+    assert job["strategy"]["matrix"] == {
+        "os": ["ubuntu-latest", "macos-latest", "windows-latest"],
+        "python": re.findall(r"Python :: (3\.\d+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE),
+    }
+    commands = [step["run"].split(" PYTHON")[0] for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make test", "make lint"]
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"make test", "make lint"} <= set(script)
 
 
 def test_the_source_distribution_can_be_tested(distributions: list[Path]) -> None:

@@ -44,7 +44,7 @@ DOCUMENTS = [*(ROOT / f"{name}.rst" for name in ("README", "CHANGELOG", "CONTRIB
 
 CODE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)
 #: Code of a program as it was before it used this library. It is not run, since it logs in with a password.
-BEFORE = re.compile(r"^( *)\.\. code-block:: python\n\1   :class: before\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)
+BEFORE = re.compile(r"^( *)\.\. code-block:: python\n\1    :class: before\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)
 LITERAL = re.compile(r"``(.+?)``", re.DOTALL)
 LINK = re.compile(r"`[^`<]+\s<([^`>]+)>`__")
 TABLE = re.compile(r"^(=+(?: +=+)+)\n(?:.+\n)+\1$", re.MULTILINE)
