@@ -10,9 +10,9 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint model soak fuzz bench clean
+.PHONY: help demo test lint model soak fuzz bench bench-quick bench-peers clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(VENV)/.made: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,9 +50,20 @@ soak: $(VENV)/.made  ## faults and kills at random, over many accounts: SECONDS=
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
 
-bench: $(VENV)/.made  ## what a request costs, against a bare one
-	$(BIN)/python tests/bench.py
+bench: $(VENV)/.made  ## what requests, refreshes and starts cost, against the least that they can cost
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.bench --json docs/bench.json --picture docs/bench.svg
+
+bench-quick: $(VENV)/.made  ## the same in short: fails where a figure is worse than its limit
+	$(BIN)/python -m tests.bench --quick
+
+PEERS := $(VENV)-peers
+bench-peers: $(VENV)/.made  ## what other libraries do with one expired session, beside this one
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --editable . -r tests/peers.txt
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.bench_peers --python $(PEERS)/bin/python --docs docs
 
 clean:  ## remove what was made
-	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
