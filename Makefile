@@ -52,7 +52,7 @@ fuzz: $(VENV)/.made  ## hostile input to everything that parses
 
 bench: $(VENV)/.made  ## what requests, refreshes and starts cost, against the least that they can cost
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m tests.bench --json docs/bench.json --picture docs/bench.svg
+	$(BIN)/python -m tests.bench --docs docs
 
 bench-quick: $(VENV)/.made  ## the same in short: fails where a figure is worse than its limit
 	$(BIN)/python -m tests.bench --quick

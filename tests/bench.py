@@ -3,8 +3,8 @@
 Each figure is a ratio to the least that the same can cost, measured in turns in one run, with its target and its limit.
 What is worse than the limit is measured once more, and then is a failure.
 
-``--quick`` leaves out what takes long. ``--json FILE`` and ``--picture FILE`` write the figures down. ``--profile``
-shows where the time of a request goes instead.
+``--quick`` leaves out what takes long. ``--docs DIRECTORY`` writes the figures down, as a table, as JSON and as a
+picture. ``--profile`` shows where the time of a request goes instead.
 """
 
 from __future__ import annotations
@@ -274,12 +274,33 @@ def draw(document: dict[str, Any], path: Path) -> None:
     pyplot.close(chart)
 
 
+def table(document: dict[str, Any]) -> str:
+    titles = ("What", "Measured", "Target", "Limit")
+    rows = [
+        (each["text"], *(f"{each[name]:.2f}{each['unit']}" for name in ("value", "target", "limit")))
+        for each in document["figures"]
+    ]
+    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
+    line = " ".join("=" * width for width in widths)
+    lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (titles, *rows)]
+    return "\n".join([line, lines[0].rstrip(), line, *(text.rstrip() for text in lines[1:]), line])
+
+
+def write(page: Path, table: str, versions: str) -> None:
+    """Put a table into a page, between its two marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(".. measured\n")
+    after = rest.partition(".. end of what was measured\n")[2]
+    measured = f"Measured on {datetime.now(UTC).date().isoformat()} {versions}:"
+    page.write_text(
+        f"{before}.. measured\n\n{measured}\n\n{table}\n\n.. end of what was measured\n{after}", encoding="utf-8"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the library costs.")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--docs", type=Path, help="where performance.rst, bench.json and bench.svg are")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     while len(os.environ) < VARIABLES:
@@ -311,10 +332,11 @@ def main() -> int:
             for figure, value in values
         ],
     }
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if options.picture:
-        draw(document, options.picture)
+    if options.docs is not None:
+        (options.docs / "bench.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draw(document, options.docs / "bench.svg")
+        versions = f"on {os.cpu_count()} processors with Python {platform.python_version()}"
+        write(options.docs / "performance.rst", table(document), versions)
     return int(any(value > figure.limit for figure, value in values))
 
 
