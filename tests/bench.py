@@ -229,7 +229,7 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             "first_call",
             "a script's first signed call / the same with requests",
             1.5,
-            1.65,
+            1.8,
             lambda: first_call(turns),
         ),
     ]
