@@ -10,15 +10,16 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py permissions.py _checks.py session.py keys.py _threads.py dpop.py \
     _flights.py locks/* stores/* _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench extras clean
-
 # These need servers, which CI has.
 ON_SERVERS := atproto_session/locks/redis.py,atproto_session/locks/sql.py,atproto_session/stores/redis.py
 ON_SERVERS := $(ON_SERVERS),atproto_session/stores/sql.py
 OMIT       := $(if $(CI),,--omit='$(ON_SERVERS)')
 
+.PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench bench-quick bench-peers extras clean
+
+.PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench extras clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(VENV)/.made: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,12 +76,23 @@ deployed: $(VENV)/.made  ## gunicorn and Celery over one store, over restarts an
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
 
-bench: $(VENV)/.made  ## what a request costs, against a bare one
-	$(BIN)/python tests/bench.py
+bench: $(VENV)/.made  ## what requests, refreshes and starts cost, against the least that they can cost
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.bench --docs docs
+
+bench-quick: $(VENV)/.made  ## the same in short: fails where a figure is worse than its limit
+	$(BIN)/python -m tests.bench --quick
+
+PEERS := $(VENV)-peers
+bench-peers: $(VENV)/.made  ## what other libraries do with one expired session, beside this one
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --editable . -r tests/peers.txt
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.bench_peers --python $(PEERS)/bin/python --docs docs
 
 extras: $(VENV)/.made  ## install each extra alone, and use it
 	$(BIN)/python -m tests.extras
 
 clean:  ## remove what was made
-	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -186,5 +186,17 @@ def lead_there() -> None:
     socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]
 
 
+def statistics(environment: dict[str, str]) -> dict[str, int]:
+    """What the servers have counted."""
+    context = ssl.create_default_context(cafile=environment["REQUESTS_CA_BUNDLE"])
+    with (
+        socket.create_connection(("127.0.0.1", int(environment["BENCH_PORT"]))) as plain,
+        context.wrap_socket(plain, server_hostname=f"plc.{DOMAIN}") as tls,
+    ):
+        tls.sendall(f"GET {STATISTICS} HTTP/1.1\r\nHost: plc.{DOMAIN}\r\nConnection: close\r\n\r\n".encode())
+        counts: dict[str, int] = json.loads(tls.makefile("rb").read().partition(b"\r\n\r\n")[2])
+    return counts
+
+
 if __name__ == "__main__":
     main()
