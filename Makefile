@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint model soak fuzz bench clean
+.PHONY: help demo test lint model transcript soak fuzz bench clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -41,6 +41,9 @@ lint: $(VENV)/.made  ## mypy --strict and ruff
 
 model: $(VENV)/.made  ## every order of events of a refresh, with two and with three workers
 	$(BIN)/python -m tests.model
+
+transcript: $(VENV)/.made  ## what a new user sees, from pip install to the first post
+	$(BIN)/python -m pytest -q -rP tests/pds/test_first_steps.py
 
 SECONDS ?= 60
 STORE   ?= sqlite

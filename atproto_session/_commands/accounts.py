@@ -50,8 +50,8 @@ def login(*, account: str, scope: str, no_browser: bool, session_id: str | None,
     HANDLE is the account's handle, such as alice.example.com; its DID; or the URL of a server.
 
     A browser opens at the account's server, where its owner agrees. It comes back to a small web server that runs on
-    this machine meanwhile. Where no browser can do that, as over SSH, --no-browser prints the URL: open it in any
-    browser. The page that it ends at cannot be opened; its address is what to paste here.
+    this machine meanwhile. Where a browser cannot do that, as over SSH, use --no-browser: it prints the URL, which any
+    browser can open, and takes the address of the page that this ends at. The page itself cannot be opened.
 
     Scripts on this machine then find the account with OAuthClient.for_scripts().
     """

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -45,6 +46,7 @@ _CLOCK_TOLERANCE = 5.0
 _LEAST_FREE = 10 * 1024 * 1024
 _MOST_ACCOUNTS = 100
 _MOST_SERVERS = 10
+_MOST_FILES = 1000
 _DAY = 86_400.0
 _PUBLIC_SESSION = 14 * _DAY
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "ceph", "glusterfs", "davfs"})
@@ -175,10 +177,9 @@ def _files(place: Path) -> Iterator[Finding]:
     except StoreError as error:
         yield Finding("files", "wrong", str(error))
     sides = [Path(f"{place}{side}") for side in ("", "-wal", "-shm", "-journal", ".locks")]
-    inside = [] if not place.is_dir() else [each for each in place.iterdir() if each.suffix == ".json" or each.is_dir()]
-    locks = [side / "salt" for side in (*sides[-1:], *(each for each in inside if each.name == "locks"))]
+    inside = list(islice(place.rglob("*"), _MOST_FILES)) if place.is_dir() else []
     checked = 0
-    for path in (*sides, *inside, *locks):
+    for path in (*sides, sides[-1] / "salt", *inside):
         try:
             check_private(path)
             checked += 1
@@ -388,9 +389,11 @@ def _servers(client: OAuthClient, servers: set[str], options: dict[str, Any]) ->
             yield Finding("network", "wrong", str(error), "look at the network, and whether the server is up")
             continue
         after = time.time()
+        yield Finding("network", "ok", f"{printable(server)} answers")
         try:
             theirs = parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
         except ValueError:
+            yield Finding("clock", "ok", f"{printable(server)} does not say what time it is")
             continue
         ahead, behind = before - theirs - 1, theirs - after
         if max(ahead, behind) <= _CLOCK_TOLERANCE:

@@ -91,20 +91,29 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> 
 
 
 def place_options(command: F) -> F:
-    """The options that say where the sessions and the servers are. They may stand before a command's name and after."""
-    for name, metavar, text in (
-        ("--allow-http", None, f"Let servers be plain http on this machine: for development. [{_scripts.ALLOW_HTTP}]"),
-        ("--handle-resolver", "URL", f"A server that resolves handles. [{_scripts.HANDLE_RESOLVER}]"),
-        ("--plc-directory", "URL", f"The directory of did:plc. [{_scripts.PLC_DIRECTORY}]"),
+    """The options that say where the sessions and the servers are. They may stand before a command's name and after;
+    those for development are listed in the help of the whole program alone."""
+    is_program = command.__name__ == "program"
+    for name, metavar, text, is_listed in (
+        ("--allow-http", None, f"Let servers be plain http on this machine. [{_scripts.ALLOW_HTTP}]", is_program),
+        ("--handle-resolver", "URL", f"A server that resolves handles. [{_scripts.HANDLE_RESOLVER}]", is_program),
+        ("--plc-directory", "URL", f"The directory of did:plc. [{_scripts.PLC_DIRECTORY}]", is_program),
         (
             "--store",
             "URL",
-            f"Where the sessions are, such as sqlite:////home/me/sessions.db (four slashes begin an absolute path). "
+            "Where the sessions are, such as sqlite:////home/me/sessions.db (four slashes begin an absolute path). "
             f"By default a file in your own data directory. [{_scripts.STORE}]",
+            True,
         ),
     ):
         option = click.option(
-            name, metavar=metavar, is_flag=metavar is None, help=text, expose_value=False, callback=_remember
+            name,
+            metavar=metavar,
+            is_flag=metavar is None,
+            help=text,
+            hidden=not is_listed,
+            expose_value=False,
+            callback=_remember,
         )
         command = option(command)
     return command
