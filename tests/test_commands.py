@@ -20,7 +20,7 @@ import pytest
 import requests
 from cryptography.fernet import Fernet
 
-from atproto_session import Keyset, OAuthClient, OAuthSession, _scripts, demo
+from atproto_session import ClientMetadata, Keyset, OAuthClient, OAuthSession, _scripts, demo
 from atproto_session._commands import accounts, callback, frame, program
 from atproto_session.testing.network import Account, LocalNetwork
 
@@ -312,8 +312,36 @@ def test_tokens_are_refreshed(shell: Shell, alice: Account, network: LocalNetwor
     network.revoke_sessions(alice.did)
     said = shell.failure(3, "refresh")
     assert f"atproto-session login {alice.did}" in said
-    assert shell.failure(3, "show", alice.did)
+    assert "is not logged in" in shell.failure(3, "show", alice.did)
+    assert "is not logged in" in shell.failure(3, "show", f"{alice.did}#two")
     assert "Nobody is logged in" in shell.run("list").stderr
+
+
+def test_a_server_in_trouble_is_asked_again_later(shell: Shell, alice: Account, network: LocalNetwork) -> None:
+    network.fault("refresh", "status", status=503, times=None)
+    assert "503" in shell.failure(6, "refresh")
+    assert re.search(r"Try again in \d+ seconds\.", shell.failure(6, "refresh"))
+
+
+def test_sessions_of_other_clients_are_shown_and_left_alone(
+    shell: Shell, network: LocalNetwork, account: Account, store: str
+) -> None:
+    client_id = "https://app.example.com/client.json"
+    metadata = ClientMetadata(client_id, ["https://app.example.com/callback"], "atproto")
+    network.publish(client_id, metadata.document())
+    with OAuthClient(metadata, store=store, **network.client_options()) as client:
+        log_in(network, client, account)
+    assert json.loads(shell.output("show", "--json"))["client_id"] == client_id
+    assert client_id in shell.failure(3, "refresh")
+    assert client_id in shell.failure(3, "logout")
+    assert shell.output("keep-alive", "--idle", "0") == "0 refreshed, 0 ended, 0 failed.\n"
+
+
+def test_a_disk_is_full(network: LocalNetwork, alice: Account, store: str, shell: Shell) -> None:
+    assert "No space left" in shell.failure(1, "request", "GET", GET_SESSION, "-o", "/dev/full")
+    with Path("/dev/full").open("w") as full, Process("list", env=variables(network, store), stdout=full) as process:
+        code, _, said = process.end()
+    assert (code, "No space left" in said, "Traceback" in said) == (1, True, False)
 
 
 def test_logging_out_ends_the_session(shell: Shell, alice: Account, network: LocalNetwork) -> None:
@@ -381,6 +409,7 @@ def test_a_record_that_cannot_be_read_is_listed_and_can_be_deleted(
         )
     result = shell.run("list")
     assert (result.exit_code, "cannot be read" in result.stderr) == (1, True)
+    assert "cannot be read" in shell.failure(1, "show", alice.did)
     assert "cannot be read" in json.loads(shell.run("list", "--json").stdout)[0]["error"]
     assert "cannot be read" in shell.failure(1, "request", "GET", GET_SESSION)
     shell.output("logout", alice.did)

@@ -22,7 +22,7 @@ import pytest
 import trustme
 from cryptography.fernet import Fernet
 
-from atproto_session import ClientMetadata, Keyset, OAuthClient, _scripts
+from atproto_session import ClientAuthMethod, ClientMetadata, Keyset, OAuthClient, _scripts
 from atproto_session._adapter import Network
 from atproto_session._commands import doctor
 from atproto_session.keys import generate_jwk
@@ -162,6 +162,10 @@ def test_the_disk_is_far_away(patient: Patient, monkeypatch: pytest.MonkeyPatch,
     assert "a network file system (nfs4)" in patient.fault()
 
 
+def test_the_store_is_under_a_file(patient: Patient) -> None:
+    assert f"{patient.place} is not a directory" in patient.fault("--store", f"{patient.store}/sessions.db")
+
+
 @pytest.mark.parametrize(
     ("store", "why"),
     [
@@ -219,14 +223,15 @@ def test_another_process_holds_the_lock(patient: Patient) -> None:
         assert "another process has its lock" in patient.fault(level="note")
 
 
-def test_the_lock_of_an_account_cannot_be_taken(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whose", ["the account's", "doctor"])
+def test_a_lock_cannot_be_taken(patient: Patient, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     from atproto_session import StoreError
     from atproto_session.locks import FileLocks
 
     hold = FileLocks.hold
 
     def refuse(self: FileLocks, name: str, **options: Any) -> Any:
-        if name == patient.account.did:
+        if name == (whose if whose == "doctor" else patient.account.did):
             raise StoreError("this lock is broken")
         return hold(self, name, **options)
 
@@ -256,6 +261,12 @@ def test_a_session_is_in_a_bad_state(
 def test_a_session_cannot_be_refreshed(patient: Patient) -> None:
     patient.change(lambda session: replace(session, token_set=replace(session.token_set, refresh_token=None)))
     assert "it has no refresh token" in patient.fault(level="note")
+
+
+def test_confidential_sessions_live_longer(patient: Patient) -> None:
+    method = ClientAuthMethod("private_key_jwt", "1")
+    patient.change(lambda session: replace(session, auth_method=method, refreshed_at=time.time() - 60 * DAY))
+    assert patient.faults() == []
 
 
 def test_an_account_has_moved(patient: Patient) -> None:
@@ -377,7 +388,15 @@ def test_the_directory_is_down(patient: Patient) -> None:
 def test_the_handle_resolver_is_down(patient: Patient) -> None:
     fault = patient.fault("--handle-resolver", f"http://localhost:{closed_port()}")
     assert f"correct {_scripts.HANDLE_RESOLVER}, or start what is there" in fault
-    assert "plc_directory" in patient.faults("--plc-directory", "nonsense")[-1]
+    assert "plc_directory" in patient.fault("--plc-directory", "nonsense")
+    patient.shell.variables[_scripts.ALLOW_HTTP] = None
+    assert f"does not use https -> in development, set {_scripts.ALLOW_HTTP}=1" in patient.fault()
+
+
+def test_a_variable_is_misspelt(patient: Patient) -> None:
+    patient.shell.variables["ATPROTO_SESSION_STOR"] = "sqlite:////elsewhere.db"
+    assert f"the variable ATPROTO_SESSION_STOR -> is it {_scripts.STORE}?" in patient.fault(level="note")
+    assert f"      is it {_scripts.STORE}?\n" in patient.shell.output("doctor")
 
 
 @pytest.mark.parametrize("error", [None, dns.resolver.NoNameservers, dns.exception.Timeout, OSError])

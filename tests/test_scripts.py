@@ -122,6 +122,21 @@ def test_it_is_one_with_the_clients_of_all_scopes(network: LocalNetwork, scripts
         scripts.restore(accounts[0].did)
 
 
+def test_a_log_in_with_other_scopes_ends_the_grant_that_it_replaces(
+    network: LocalNetwork, account: Account, scripts: OAuthClient
+) -> None:
+    log_in(network, scripts, account)
+    with OAuthClient.for_scripts(scope=WRITES) as other:
+        before = scripts.sessions.get_stored(account.did)
+        log_in(network, other, account)
+        assert before is not None
+        info = network.session_of(before.token_set.access_token)
+        assert (network.revocations, info and info.revoked) == (1, True)
+        log_in(network, other, account)
+    assert network.revocations == 2
+    assert scripts.restore(account.did).get(GET_SESSION).status_code == 200
+
+
 def test_it_is_no_client_of_the_web(network: LocalNetwork, account: Account, scripts: OAuthClient) -> None:
     client_id = "https://app.example.com/client.json"
     metadata = ClientMetadata(client_id, ["https://app.example.com/callback"], "atproto")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import webbrowser
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -29,6 +30,7 @@ from .frame import (
     place_options,
     say_json,
     store_url,
+    told,
 )
 
 account_argument = click.argument("account", required=False)
@@ -150,7 +152,7 @@ def list_accounts(as_json: bool) -> None:
     """
     with opened_client() as client:
         accounts = sorted(client.accounts(), key=lambda each: (each.did, each.session_id or ""))
-    broken = [each for each in accounts if each.error is not None]
+    broken = [(key_of(each.did, each.session_id), each.error) for each in accounts if each.error is not None]
     if as_json:
         say_json([_members(each) for each in accounts])
     elif not accounts:
@@ -163,8 +165,8 @@ def list_accounts(as_json: bool) -> None:
             if each.error is None
         ]
         click.echo(columns(rows))
-        for each in broken:
-            click.echo(f"{printable(key_of(each.did, each.session_id))}: {each.error}", err=True)
+        for key, error in broken:
+            click.echo(f"{printable(key)}: {told(error)}", err=True)
     if broken:
         click.get_current_context().exit(Exit.FAILED)
 
@@ -187,9 +189,13 @@ def show(account: str | None, as_json: bool) -> None:
     """
     with opened_client() as client:
         did, session_id = find_account(client, account)
-        info = client.restore(did, refresh=False, session_id=session_id).token_info(refresh=False)
-        stored = next(each for each in client.accounts() if (each.did, each.session_id) == (did, session_id))
-        members = _members(stored) | {"handle": client._handle_of(did), "expired": info.expired}
+        stored = next((each for each in client.accounts() if (each.did, each.session_id) == (did, session_id)), None)
+        if stored is None:
+            raise _nobody(did, session_id)
+        if stored.error is not None:
+            raise stored.error
+        is_expired = stored.expires_at is not None and stored.expires_at <= datetime.now(UTC)
+        members = _members(stored) | {"handle": client._handle_of(did), "expired": is_expired}
     if as_json:
         say_json(members)
         return
@@ -201,7 +207,7 @@ def show(account: str | None, as_json: bool) -> None:
         ("scope", stored.scope),
         ("logged in", moment(stored.began_at)),
         ("refreshed", moment(stored.refreshed_at)),
-        ("access token", f"{'expired' if info.expired else 'expires'} {moment(info.expires_at)}"),
+        ("access token", f"{'expired' if is_expired else 'expires'} {moment(stored.expires_at)}"),
         ("client", stored.client_id or "?"),
         ("store", store_url()),
     ]
@@ -254,4 +260,9 @@ def _check_stored(client: Any, key: str) -> None:
             return
     except StoreError:  # what cannot be read can be deleted
         return
-    raise Failed(f"{printable(key)} is not logged in", Exit.LOG_IN)
+    raise _nobody(*key.split("#", 1))
+
+
+def _nobody(did: str, session_id: str | None = None) -> Failed:
+    message = f"{printable(key_of(did, session_id))} is not logged in\nLog in with: atproto-session login {did}"
+    return Failed(message, Exit.LOG_IN)

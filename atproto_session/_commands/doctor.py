@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import socket
@@ -102,6 +103,7 @@ def _say(finding: Finding) -> None:
 
 
 def _examine(client_id: str | None) -> Iterator[Finding]:
+    yield from _environment()
     yield from _proxies()
     with ExitStack() as stack:
         client = yield from _open(stack)
@@ -113,11 +115,20 @@ def _examine(client_id: str | None) -> Iterator[Finding]:
         try:
             asking = client or stack.enter_context(OAuthClient.for_scripts(**options))
         except ClientMetadataError as error:
-            yield Finding("network", "wrong", str(error))
+            remedy = f"in development, set {_scripts.ALLOW_HTTP}=1" if "does not use https" in str(error) else ""
+            yield Finding("network", "wrong", str(error), remedy)
             return
         yield from _resolver(asking, options)
         yield from _servers(asking, servers, options)
         yield from _metadata(asking._transport, client_id)
+
+
+def _environment() -> Iterator[Finding]:
+    """Variables that are misspelt: they have no effect."""
+    for name in os.environ:
+        if name.startswith("ATPROTO_SESSION_") and name not in _scripts.VARIABLES:
+            near = difflib.get_close_matches(name, _scripts.VARIABLES, n=1, cutoff=0.0)[0]
+            yield Finding("environment", "note", f"nothing reads the variable {printable(name)}", f"is it {near}?")
 
 
 # The store
@@ -129,11 +140,8 @@ def _open(stack: ExitStack) -> Any:
         url = store_url()
         keys = _scripts.encryption_keys()
         place = place_of(url)
-    except StoreError as error:
-        yield Finding("store", "wrong", str(error))
-        return None
-    except click.UsageError as error:
-        yield Finding("store", "wrong", error.message)
+    except (StoreError, click.UsageError) as error:
+        yield Finding("store", "wrong", getattr(error, "message", str(error)))
         return None
     yield Finding("store", "ok", f"{_shown(url)}, {'encrypted' if keys else 'not encrypted'}")
     if place is not None:
@@ -154,6 +162,8 @@ def _open(stack: ExitStack) -> Any:
         ticket = f"doctor-{os.getpid()}-{time.time_ns()}"
         client._store.logins.put(ticket, {}, time.time() + 60)
         client._store.logins.take(ticket)
+    except ClientMetadataError:  # of the network, which is looked at later
+        return None
     except SessionError as error:
         yield Finding("store", "wrong", str(error))
         return None
@@ -172,6 +182,9 @@ def _files(place: Path) -> Iterator[Finding]:
     beside = place.parent
     while not beside.exists():
         beside = beside.parent
+    if not beside.is_dir():
+        yield Finding("files", "wrong", f"{beside} is not a directory", "name another place")
+        return
     try:
         check_parent(beside)
     except StoreError as error:

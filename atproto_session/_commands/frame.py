@@ -53,7 +53,7 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except SessionError as error:
-            raise Failed(_told(error), code_of(error)) from error
+            raise Failed(told(error), code_of(error)) from error
         except requests.RequestException as error:
             raise Failed(f"the request failed: {printable(str(error), 300)}", Exit.TRY_AGAIN) from error
         except OSError as error:
@@ -71,7 +71,8 @@ def code_of(error: SessionError) -> Exit:
     return Exit.TRY_AGAIN if error.retryable else Exit.FAILED
 
 
-def _told(error: SessionError) -> str:
+def told(error: SessionError) -> str:
+    """What an error says, and what to do about it here."""
     hint = ""
     if error.login_required:
         hint = f"\nLog in with: atproto-session login {error.did or 'HANDLE'}"

@@ -122,6 +122,9 @@ def test_a_new_user_logs_in_and_writes_a_post(network: LocalNetwork | RealPDS, w
     user.run(first)
     assert f"{account.handle} is logged in." in user.run(second)
     uri = user.run(third).strip()
+    examined = user.run("atproto-session doctor")
+    assert examined.endswith("Nothing is wrong.\n")
+    assert ("clock: agrees with that of" in examined) is isinstance(network, RealPDS)
     print(user.transcript)
 
     did, collection, rkey = uri.removeprefix("at://").split("/")
