@@ -21,7 +21,7 @@ import requests
 from cryptography.fernet import Fernet
 
 from atproto_session import ClientMetadata, Keyset, OAuthClient, OAuthSession, _scripts, demo
-from atproto_session._commands import accounts, callback, frame, program
+from atproto_session._commands import accounts, callback, frame, program, request
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .command_line import (
@@ -117,6 +117,9 @@ def test_options_reach_the_demo_and_its_code_is_the_exit_code(monkeypatch: pytes
         ("rotate-encryption",),
         ("list", "--store", "memory:"),
         ("login", "alice.test", "--no-browser"),
+        ("login", "alice.test", "--session-id", ""),
+        ("login", "alice.test", "--session-id", "a\tb"),
+        ("list", "--store", ""),
     ],
 )
 def test_nonsense_is_refused_before_anything_happens(arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -186,6 +189,20 @@ def test_what_was_asked_and_not_granted_is_said(
     assert [each["session_id"] for each in listed] == [None, "second"]
     assert json.loads(shell.output("show", f"{account.handle}#second", "--json"))["session_id"] == "second"
     assert "say which" in shell.failure(2, "show")
+
+
+def test_what_nobody_expected_ends_a_log_in(
+    shell: Shell, network: LocalNetwork, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(OAuthClient, "callback", fail)
+    pages: list[requests.Response] = []
+    with a_browser(lambda url: pages.append(browse(network, url, account)), monkeypatch):
+        result = shell.run("login", account.handle)
+    assert (type(result.exception), str(result.exception)) == (RuntimeError, "a bug")
+    assert pages[0].status_code == 500
 
 
 def test_nobody_comes_back(shell: Shell, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +411,18 @@ def test_a_store_that_is_none_is_an_error(url: str, message: str) -> None:
     assert "hunter2" not in said
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:////home/me@work/s.db", "sqlite:////home/me@work/s.db"),
+        ("postgresql://me:hunter2@db.example.com:5432/x?password=hunter2", "postgresql://db.example.com:5432/x"),
+        ("redis://:hunter2@localhost/0", "redis://localhost/0"),
+    ],
+)
+def test_a_store_is_shown_without_its_password(url: str, shown: str) -> None:
+    assert frame.without_password(url) == shown
+
+
 def test_a_file_that_is_no_store_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("nonsense" * 1000)
     (tmp_path / "x.db").chmod(0o600)
@@ -481,7 +510,15 @@ def test_the_exit_code_tells_the_status(shell: Shell, alice: Account, network: L
     result = shell.run("request", "GET", GET_SESSION)
     assert (result.exit_code, "the request failed" in result.stderr) == (6, True)
     network.clear_faults()
-    assert shell.run("request", "GET", "https://evil.example.com/").exit_code == 1
+    for wrong in (
+        ("GET", "https://evil.example.com/"),
+        ("GET", GET_SESSION, "-H", "X-Snow: \u2603"),
+        ("GET", GET_SESSION, "-H", "X-Two: a\nb"),
+        ("G\u2603T", GET_SESSION),
+        ("GET", "http://[::1"),
+    ):
+        said = shell.failure(1, "request", *wrong)
+        assert said.startswith("Error: "), said
     network.revoke_sessions(alice.did)
     assert shell.run("request", "GET", GET_SESSION).exit_code == 3
 
@@ -490,6 +527,7 @@ def test_at_a_terminal_json_is_laid_out(network: LocalNetwork, alice: Account, s
     with Terminal("request", "GET", GET_SESSION, env=variables(network, store)) as terminal:
         assert terminal.end() == 0
     assert f'"did": "{alice.did}",\r\n' in terminal.said
+    assert request._laid_out(b"no JSON at all") == b"no JSON at all"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command(network: LocalNetwork, alice: Account, store: str) -> None:

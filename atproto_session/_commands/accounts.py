@@ -20,6 +20,7 @@ from .callback import CallbackServer, LogIn, Stranger
 from .frame import (
     Exit,
     Failed,
+    check_session_id,
     columns,
     find_account,
     has_terminal,
@@ -29,7 +30,7 @@ from .frame import (
     opened_client,
     place_options,
     say_json,
-    store_url,
+    shown_url,
     told,
 )
 
@@ -57,6 +58,7 @@ def login(*, account: str, scope: str, no_browser: bool, session_id: str | None,
 
     Scripts on this machine then find the account with OAuthClient.for_scripts().
     """
+    check_session_id(session_id)
     if no_browser and not has_terminal():
         raise click.UsageError("--no-browser asks for an address, and there is no terminal to ask on")
     if not no_browser and not has_terminal() and not _has_browser():
@@ -72,7 +74,7 @@ def login(*, account: str, scope: str, no_browser: bool, session_id: str | None,
             say_json({"did": result.session.did, "handle": result.handle, "session_id": session_id, "scope": granted})
             return
         click.echo(f"{result.handle or result.session.did} is logged in.")
-        click.echo(f"  DID    {result.session.did}\n  scope  {printable(granted, 300)}\n  store  {store_url()}")
+        click.echo(f"  DID    {result.session.did}\n  scope  {printable(granted, 300)}\n  store  {shown_url()}")
         missing = set(scope.split()) - set(granted.split())
         if missing:
             click.echo(f"Not granted: {printable(' '.join(sorted(missing)), 300)}", err=True)
@@ -209,7 +211,7 @@ def show(account: str | None, as_json: bool) -> None:
         ("refreshed", moment(stored.refreshed_at)),
         ("access token", f"{'expired' if is_expired else 'expires'} {moment(stored.expires_at)}"),
         ("client", stored.client_id or "?"),
-        ("store", store_url()),
+        ("store", shown_url()),
     ]
     click.echo(columns(shown))
 

@@ -39,7 +39,17 @@ from ..metadata import ClientMetadata
 from ..session import Session
 from ..stores import FullStore
 from ..transport import Transport, UnusableResponse
-from .frame import Exit, given_options, json_option, moment, place_of, place_options, say_json, store_url
+from .frame import (
+    Exit,
+    given_options,
+    json_option,
+    moment,
+    place_of,
+    place_options,
+    say_json,
+    store_url,
+    without_password,
+)
 
 #: By how much clocks may differ, in seconds. The reference server takes proofs that are 10 seconds old.
 _CLOCK_TOLERANCE = 5.0
@@ -143,7 +153,7 @@ def _open(stack: ExitStack) -> Any:
     except (StoreError, click.UsageError) as error:
         yield Finding("store", "wrong", getattr(error, "message", str(error)))
         return None
-    yield Finding("store", "ok", f"{_shown(url)}, {'encrypted' if keys else 'not encrypted'}")
+    yield Finding("store", "ok", f"{without_password(url)}, {'encrypted' if keys else 'not encrypted'}")
     if place is not None:
         if not place.is_absolute():
             text = f"the path is relative to the current directory ({Path.cwd()})"
@@ -169,12 +179,6 @@ def _open(stack: ExitStack) -> Any:
         return None
     yield Finding("store", "ok", "it can be read and written")
     return client
-
-
-def _shown(url: str) -> str:
-    """A URL without its password."""
-    head, at, tail = url.rpartition("@")
-    return printable(f"{head.partition('://')[0]}://...@{tail}" if at else url, 300)
 
 
 def _files(place: Path) -> Iterator[Finding]:

@@ -10,12 +10,13 @@ from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 import requests
 
 from .. import _scripts
-from ..client import OAuthClient
+from ..client import OAuthClient, _check_session_id
 from ..errors import SessionError, StoreError, printable
 from ..stores._urls import path_in
 
@@ -55,7 +56,9 @@ class Program(click.Group):
         except SessionError as error:
             raise Failed(told(error), code_of(error)) from error
         except requests.RequestException as error:
-            raise Failed(f"the request failed: {printable(str(error), 300)}", Exit.TRY_AGAIN) from error
+            # What cannot even be sent (a header, a URL) is a ValueError, too.
+            code = Exit.FAILED if isinstance(error, ValueError) else Exit.TRY_AGAIN
+            raise Failed(f"the request failed: {printable(str(error), 300)}", code) from error
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # whoever reads has seen enough; click ends quietly
                 raise
@@ -87,6 +90,8 @@ def told(error: SessionError) -> str:
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value == "":
+        raise click.BadParameter("it is empty", ctx, parameter)
     if value:
         ctx.meta.setdefault(_GIVEN, {})[parameter.name] = value
 
@@ -133,6 +138,18 @@ def store_url() -> str:
     return url
 
 
+def shown_url() -> str:
+    """:func:`store_url` as it may be shown: what is no file has passwords in its URL."""
+    return without_password(store_url())
+
+
+def without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme in ("sqlite", "json"):
+        return printable(url, 300)
+    return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}", 300)
+
+
 def place_of(url: str) -> Path | None:
     """The file or the directory that a store is, if it is one."""
     return Path(path_in(url)) if url.partition(":")[0] in ("sqlite", "json") else None
@@ -172,12 +189,20 @@ def find_account(client: OAuthClient, account: str | None) -> tuple[str, str | N
             raise click.UsageError(f"{len(keys)} accounts are logged in: say which ({some})")
         account = keys[0]
     name, _, session_id = account.partition("#")
+    check_session_id(session_id or None)
     return did_of(client, name), session_id or None
 
 
 def did_of(client: OAuthClient, account: str) -> str:
     kind, name = client._identities.parse(account)
     return name if kind == "did" else client._identities.resolve(name).did
+
+
+def check_session_id(session_id: str | None) -> None:
+    try:
+        _check_session_id(session_id)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def key_of(did: str, session_id: str | None) -> str:
