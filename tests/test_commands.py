@@ -88,6 +88,16 @@ def test_the_documents_have_every_help_text_and_exit_code() -> None:
             assert f"\n``{name}`` " in page
 
 
+def test_shells_complete() -> None:
+    env = {**variables(None, None), "COMP_WORDS": "atproto-session log", "COMP_CWORD": "1"}
+    with Process(env={**env, "_ATPROTO_SESSION_COMPLETE": "bash_complete"}) as process:
+        assert process.end()[1].splitlines() == ["plain,login", "plain,logout"]
+    for line in re.findall(r"_ATPROTO_SESSION_COMPLETE=\w+_source", PAGE.read_text(encoding="utf-8")):
+        shell = line.partition("=")[2]
+        with Process(env={**env, "_ATPROTO_SESSION_COMPLETE": shell}) as process:
+            assert "_ATPROTO_SESSION_COMPLETE" in process.end()[1]
+
+
 def test_options_reach_the_demo_and_its_code_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[demo.Load] = []
 
@@ -643,6 +653,22 @@ def test_idle_sessions_are_kept_alive(shell: Shell, alice: Account, network: Loc
     network.revoke_sessions(alice.did)
     result = shell.run("keep-alive", "--idle", "0")
     assert result.exit_code in (3, 6)
+
+
+def test_ctrl_c_loses_no_refresh(network: LocalNetwork, alice: Account, store: str) -> None:
+    """The command ends when the answer that is under way is stored."""
+    fault = network.fault("refresh", "hold")
+    with Process("keep-alive", "--idle", "0", env=variables(network, store)) as process:
+        assert fault.fired.wait(SOON)
+        process.process.send_signal(signal.SIGINT)
+        assert process.process.poll() is None
+        fault.release.set()
+        code, _, said = process.end()
+    assert (code, "Stopped." in said) == (130, True)
+    with client_of(network, store) as client:
+        info = network.session_of(stored(client, alice.did).token_set.refresh_token or "")
+    assert info is not None
+    assert (network.rotations, info.current) == (1, True)
 
 
 def test_the_progress_is_shown_at_a_terminal(network: LocalNetwork, alice: Account, store: str) -> None:
