@@ -332,6 +332,37 @@ def test_accounts_are_listed_and_shown(shell: Shell, alice: Account, network: Lo
     assert network.rotations == 0
 
 
+def test_no_token_and_no_key_is_printed(shell: Shell, alice: Account, network: LocalNetwork, store: str) -> None:
+    said = ""
+    secrets: set[str] = set()
+
+    def note_secrets() -> None:
+        with client_of(network, store) as client:
+            if (session := client.sessions.get_stored(alice.did)) is not None:
+                tokens = session.token_set
+                secrets.update((tokens.access_token, tokens.refresh_token or "", session.dpop_key["d"]))
+
+    key = Fernet.generate_key().decode()
+    for arguments in (
+        *(("list",), ("show",), ("refresh",), ("keep-alive", "--idle", "0"), ("clean",), ("doctor",)),
+        *(
+            ("request", "-i", "GET", GET_SESSION),
+            ("request", "GET", "/xrpc/com.example.none"),
+            ("logout",),
+            ("refresh",),
+        ),
+    ):
+        for more in ((), ("--json",)) if arguments[0] not in ("request", "logout") else ((),):
+            note_secrets()
+            result = shell.run(*arguments, *more)
+            said += result.output
+    shell.variables[_scripts.ENCRYPTION_KEYS] = key
+    for arguments in (("list",), ("doctor",), ("rotate-encryption",)):
+        said += shell.run(*arguments).output
+    assert len(secrets) == 1 + 2 * 5  # the log-in, and four refreshes, of which two are by keep-alive
+    assert [secret for secret in (*secrets, key) if secret in said] == []
+
+
 def test_tokens_are_refreshed(shell: Shell, alice: Account, network: LocalNetwork) -> None:
     assert "has new tokens" in shell.output("refresh")
     assert json.loads(shell.output("refresh", alice.handle, "--json"))["did"] == alice.did
@@ -383,7 +414,9 @@ def test_everybody_is_logged_out(shell: Shell, alice: Account, network: LocalNet
     with client_of(network, store, scope=SCOPED) as client:
         log_in(network, client, network.create_account("bob.test"))
         log_in(network, client, alice, session_id="two")
-    assert len(shell.output("logout", "--all").splitlines()) == 3
+    gone = {"did": alice.did, "session_id": "two"}
+    assert json.loads(shell.output("logout", f"{alice.did}#two", "--json")) == [gone]
+    assert len(shell.output("logout", "--all").splitlines()) == 2
     assert network.revocations == 3
 
 
@@ -611,7 +644,7 @@ def test_encryption_is_switched_on_and_its_keys_rotated(
     assert "rotate-encryption now" in shell.run("keygen", "--for", "encryption", "--keyring").stderr
     old = ring.kept[_scripts.KEYRING_PLACE].split()
     assert len(old) == 2
-    assert "1 session is encrypted" in shell.output("rotate-encryption")
+    assert json.loads(shell.output("rotate-encryption", "--json")) == {"sessions": 1}
     shell.variables[_scripts.ENCRYPTION_KEYS] = f"{old[0]},{old[1]}"
     assert json.loads(shell.output("request", "GET", GET_SESSION))["did"] == alice.did
     shell.variables[_scripts.ENCRYPTION_KEYS] = None

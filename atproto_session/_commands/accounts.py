@@ -237,8 +237,9 @@ def refresh(account: str | None, as_json: bool) -> None:
 @click.command()
 @account_argument
 @click.option("--all", "everybody", is_flag=True, help="Every account of the store.")
+@json_option
 @place_options
-def logout(account: str | None, everybody: bool) -> None:
+def logout(account: str | None, everybody: bool, as_json: bool) -> None:
     """End the session of an account, here and at its server.
 
     If the server cannot be reached, the session is deleted here all the same.
@@ -253,7 +254,10 @@ def logout(account: str | None, everybody: bool) -> None:
             _check_stored(client, key_of(*whom[0]))
         for did, session_id in whom:
             client.revoke(did, session_id=session_id)
-            click.echo(f"{key_of(did, session_id)} is logged out.")
+            if not as_json:
+                click.echo(f"{key_of(did, session_id)} is logged out.")
+    if as_json:
+        say_json([{"did": did, "session_id": session_id} for did, session_id in whom])
 
 
 def _check_stored(client: Any, key: str) -> None:
