@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -124,6 +123,8 @@ class Terminal:
     """A command at a terminal."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
+        import pty  # Windows has none
+
         self._main, other = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "atproto_session", *arguments],
