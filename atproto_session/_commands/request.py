@@ -77,20 +77,25 @@ def request(
             raise Failed("a header or a parameter has letters that HTTP cannot carry") from None
         except ValueError as error:
             raise Failed(f"that is no request: {printable(str(error), 300)}") from None
-        if include:
-            head = [f"HTTP {response.status_code} {response.reason}"]
-            head += [f"{name}: {value}" for name, value in response.headers.items()]
-            click.echo("\n".join(printable(line, 1000) for line in [*head, ""]))
-        with click.open_file(output or "-", "wb") as file:
-            is_json = response.headers.get("Content-Type", "").partition(";")[0] == "application/json"
-            if is_json and output is None and is_terminal(sys.stdout):
-                file.write(_laid_out(response.content))
-            else:
-                for piece in response.iter_content(_PIECE):
-                    file.write(piece)
+        with response:
+            _print(response, output, include=include)
     if response.status_code >= 400:
         code = Exit.REFUSED if response.status_code < 500 else Exit.SERVER_FAILED
         raise Failed(f"the server answered {response.status_code} {printable(response.reason or '')}", code)
+
+
+def _print(response: requests.Response, output: str | None, *, include: bool) -> None:
+    if include:
+        head = [f"HTTP {response.status_code} {response.reason}"]
+        head += [f"{name}: {value}" for name, value in response.headers.items()]
+        click.echo("\n".join(printable(line, 1000) for line in [*head, ""]))
+    with click.open_file(output or "-", "wb") as file:
+        is_json = response.headers.get("Content-Type", "").partition(";")[0] == "application/json"
+        if is_json and output is None and is_terminal(sys.stdout):
+            file.write(_laid_out(response.content))
+        else:
+            for piece in response.iter_content(_PIECE):
+                file.write(piece)
 
 
 def _laid_out(body: bytes) -> bytes:

@@ -26,7 +26,7 @@ HANDLE = "alice.example.com"
 
 def blocks_of_the_readme(language: str) -> str:
     text = (ROOT / "README.rst").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^A first post\n-+\n(.*?)\n\n.+\n-+\n", text, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^A first post\n-+\n(.*?)\n\n[^\n]+\n-+\n", text, re.MULTILINE | re.DOTALL)
     blocks = re.findall(rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", section, re.MULTILINE)
     return textwrap.dedent("\n".join(blocks))
 
