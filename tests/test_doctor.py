@@ -198,7 +198,9 @@ def test_the_encryption_key_is_another(patient: Patient) -> None:
     patient.shell.variables[_scripts.ENCRYPTION_KEYS] = Fernet.generate_key().decode()
     assert "none of the encryption_keys opens it" in patient.fault()
     patient.shell.variables[_scripts.ENCRYPTION_KEYS] = "nonsense"
-    assert "not a Fernet key" in patient.fault()
+    fault = patient.fault()
+    assert "not a Fernet key" in fault
+    assert f"The environment variable {_scripts.ENCRYPTION_KEYS} holds them." in fault
     patient.shell.variables[_scripts.ENCRYPTION_KEYS] = "keyring"
     assert "keyring" in patient.fault()
 
@@ -372,6 +374,8 @@ def test_a_proxy_is_dead(patient: Patient) -> None:
         assert patient.faults() == []
     patient.shell.variables["HTTPS_PROXY"] = "http://127.0.0.1:nonsense"
     assert "proxies: " in patient.fault()
+    patient.shell.variables["HTTPS_PROXY"] = "socks5://127.0.0.1:1080"
+    assert "a SOCKS proxy, which is not supported -> name an HTTP proxy in HTTPS_PROXY" in patient.fault()
 
 
 def test_the_certificates_are_not_there(patient: Patient) -> None:

@@ -48,6 +48,7 @@ from .frame import (
     place_options,
     say_json,
     store_url,
+    told,
     without_password,
 )
 
@@ -175,7 +176,7 @@ def _open(stack: ExitStack) -> Any:
     except ClientMetadataError:  # of the network, which is looked at later
         return None
     except SessionError as error:
-        yield Finding("store", "wrong", str(error))
+        yield Finding("store", "wrong", *told(error).split("\n", 1))
         return None
     yield Finding("store", "ok", "it can be read and written")
     return client
@@ -344,6 +345,10 @@ def _proxies() -> Iterator[Finding]:
     if not proxies:
         yield Finding("proxies", "ok", "none")
     for scheme, url in proxies.items():
+        if url.lower().startswith("socks"):
+            text = f"the proxy for {scheme} is a SOCKS proxy, which is not supported"
+            yield Finding("proxies", "wrong", text, f"name an HTTP proxy in {scheme.upper()}_PROXY, or unset it")
+            continue
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
