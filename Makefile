@@ -8,16 +8,16 @@ comma := ,
 empty :=
 CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py permissions.py _checks.py session.py keys.py _threads.py dpop.py \
-    _flights.py locks/* stores/* _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
+    _flights.py locks/* stores/* _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py \
+    session_getter.py))
 
 # These need servers, which CI has.
 ON_SERVERS := atproto_session/locks/redis.py,atproto_session/locks/sql.py,atproto_session/stores/redis.py
 ON_SERVERS := $(ON_SERVERS),atproto_session/stores/sql.py
 OMIT       := $(if $(CI),,--omit='$(ON_SERVERS)')
 
-.PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench bench-quick bench-peers extras clean
-
-.PHONY: help demo test lint docs dist lowest pythons model soak deployed fuzz bench extras clean
+.PHONY: help demo test lint docs dist lowest pythons model transcript soak deployed fuzz bench bench-quick bench-peers extras \
+    clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -63,6 +63,9 @@ pythons: $(VENV)/.made  ## the tests with each later Python that is on this mach
 
 model: $(VENV)/.made  ## every order of events of a refresh, with two and with three workers
 	$(BIN)/python -m tests.model
+
+transcript: $(VENV)/.made  ## what a new user sees, from pip install to the first post
+	$(BIN)/python -m pytest -q -rP tests/pds/test_first_steps.py
 
 SECONDS ?= 60
 STORE   ?= sqlite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -325,7 +326,9 @@ class OAuthClient:
         def work(flight: Flight[CallbackResult]) -> CallbackResult:
             session, login = self._logins.end(params, secrets, flight)
             key = _key_of(session.token_set.sub, session_id)
+            end_replaced = self._ends_what_is_replaced(key)
             self.sessions.set_stored(key, session)
+            end_replaced()
             handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)
             return CallbackResult(self._open(key, session), login.state, handle)
 
@@ -479,6 +482,15 @@ class OAuthClient:
         except StoreError:  # the next to read it will say so
             return self
         return (session and session.client_id and self._other(session.client_id)) or self
+
+    def _ends_what_is_replaced(self, key: str) -> Callable[[], object]:
+        """A function that ends the grant of what is stored under ``key`` now, if it was given to another client that
+        this is one with; that of this client is ended without it."""
+        with suppress(StoreError):
+            other, replaced = self._client_of(key), self._store.get(key)
+            if other is not self and replaced is not None:
+                return lambda: other.sessions.end_grant(replaced)
+        return lambda: None
 
     def _sessions_of(self, client_id: str) -> SessionGetter | None:
         other = self._other(client_id)
