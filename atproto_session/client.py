@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -228,7 +228,7 @@ class OAuthClient:
         params: Mapping[str, Any] | str,
         *,
         session_id: str | None = None,
-        bound_to: str | None = None,
+        bound_to: str | Collection[str] | None = None,
         timeout: float | None = None,
     ) -> CallbackResult:
         """End a log-in with what the browser brought back.
@@ -237,8 +237,8 @@ class OAuthClient:
 
         :param params: the parameters of the request to the redirect URI, or its whole URL.
         :param session_id: stores the session beside others of the same account.
-        :param bound_to: what was given to :meth:`authorize`. Another browser's log-in is refused before its code is
-            spent.
+        :param bound_to: what was given to :meth:`authorize`; or all that this browser may have, where each of its
+            log-ins was given a secret of its own. Another browser's log-in is refused before its code is spent.
         :param timeout: how long to wait, all told, in seconds; by default the client's.
         :raises OAuthCallbackError: the parameters belong to no log-in that was begun here, to one that has been ended
             already or was begun by another browser, or say that the user declined.
@@ -248,11 +248,12 @@ class OAuthClient:
             error is ``retryable``, nothing was spent, and the same call may succeed.
         """
         _check_session_id(session_id)
-        if bound_to is not None:
-            _check_texts(bound_to=bound_to)
+        secrets = None if bound_to is None else [bound_to] if isinstance(bound_to, str) else list(bound_to)
+        for secret in secrets or ():
+            _check_texts(bound_to=secret)
 
         def work(flight: Flight[CallbackResult]) -> CallbackResult:
-            session, login = self._logins.end(params, bound_to, flight)
+            session, login = self._logins.end(params, secrets, flight)
             key = _key_of(session.token_set.sub, session_id)
             self.sessions.set_stored(key, session)
             handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)

@@ -31,7 +31,7 @@ FLOORS = [
     ["server", "oauth_session", "_warm"],
     ["_login"],
     ["client"],
-    ["testing"],
+    ["testing", "contrib"],
     ["demo"],
     ["_commands"],
     ["cli"],
