@@ -1,0 +1,233 @@
+"""The pages of the log-in. Their templates are in ``atproto_session/``, to be overridden by the project's own."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from django.conf import settings as django_settings
+from django.contrib.auth import authenticate, login, logout
+from django.contrib.auth.decorators import login_required
+from django.core import signing
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
+from django.shortcuts import render, resolve_url
+from django.urls import reverse
+from django.utils.http import url_has_allowed_host_and_scheme
+from django.views.decorators.cache import never_cache
+from django.views.decorators.csrf import csrf_protect
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from ...client import CallbackResult
+from ...errors import DiscoveryError, IdentityError, SessionError
+from .. import _web
+from .accounts import BrowserAccounts
+from .backends import note_login
+from .conf import get_client, get_settings
+from .middleware import answer
+from .signals import logged_in
+
+_BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
+#: What the signature of a link is for.
+_LINK = "atproto_session.contrib.django.link"
+
+
+@never_cache
+@csrf_protect
+@require_http_methods(["GET", "HEAD", "POST"])
+def login_view(request: HttpRequest) -> HttpResponse:
+    """The form, and with POST the beginning of a log-in."""
+    return _begin(request, next=_safe_next(request), link=False)
+
+
+@never_cache
+@csrf_protect
+@login_required
+@require_http_methods(["GET", "HEAD", "POST"])
+def link(request: HttpRequest) -> HttpResponse:
+    """As :func:`login_view`; but the account is added to those of the user who is logged in."""
+    target = _safe_next(request) or reverse("atproto:accounts")
+    signed = signing.dumps([str(request.user.pk), target], salt=_LINK)
+    return _begin(request, next=f"{reverse('atproto:link')}?{signed}", link=True)
+
+
+def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpResponse:  # noqa: A002
+    settings = get_settings()
+    here = _origin_of(request)
+    if (elsewhere := settings.origin_for_login(here)) is not None:
+        # Where the cookies of this page are those of the callback, too.
+        return HttpResponseRedirect(f"{elsewhere}{request.get_full_path()}")
+    context: dict[str, Any] = {"link": link, "next": _safe_next(request) or "", "settings": settings}
+    if request.method != "POST":
+        return render(request, "atproto_session/login.html", context)
+    context["account"] = request.POST.get("account", "")
+    try:
+        begun = _web.begin_login(
+            settings, get_client(), context["account"], own=here, cookies=request.COOKIES, next=next
+        )
+    except SessionError as error:
+        problem = _web.problem_of(error)
+        if problem is None:
+            raise
+        is_theirs = isinstance(error, IdentityError | DiscoveryError)
+        context["problem"] = str(error) if is_theirs else problem.message
+        status = 400 if is_theirs and problem.retry_after is None else problem.status
+        return render(request, "atproto_session/login.html", context, status=status)
+    response = HttpResponseRedirect(begun.url, status=303)
+    ticket = begun.ticket
+    response.set_cookie(
+        ticket.name,
+        ticket.secret,
+        max_age=_web.TICKET_LIFETIME,
+        secure=ticket.secure,
+        httponly=True,
+        samesite="Lax",
+    )
+    return _without(response, begun.stale)
+
+
+@never_cache
+@require_GET
+def callback(request: HttpRequest) -> HttpResponse:
+    """Where the authorization server sends the browser back to."""
+    settings, client = get_settings(), get_client()
+    ended = _web.end_login(settings, client, dict(request.GET.lists()), request.COOKIES)
+    if ended.result is None or ended.session_id is None:
+        return _without(_refusal(request, ended), ended.stale)
+    did = ended.result.session.did
+    try:
+        response = _enter(request, ended.result, ended.session_id, ended.next)
+    except BaseException:
+        client.revoke(did, session_id=ended.session_id)
+        raise
+    return _without(response, ended.stale)
+
+
+def _refusal(request: HttpRequest, ended: _web.EndedLogin) -> HttpResponse:
+    error = ended.error or SessionError("the log-in did not end well")
+    problem = _web.problem_of(error)
+    if problem is None:
+        raise error
+    return answer(request, problem)
+
+
+def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target: str | None) -> HttpResponse:
+    """Let the user of the account in, or add the account to those of the user who is in."""
+    from .models import Account
+
+    did = result.session.did
+    is_new = not Account.objects.filter(did=did).exists()
+    if target is not None and target.startswith(f"{reverse('atproto:link')}?"):
+        pk, target = signing.loads(target.partition("?")[2], salt=_LINK, max_age=_web.TICKET_LIFETIME)
+        account, problem = _link(request, result, pk)
+    else:
+        account, problem = _log_in(request, result)
+    if account is None:
+        get_client().revoke(did, session_id=session_id)
+        return answer(request, _web.Problem(_web.HTTPStatus.FORBIDDEN, "refused", problem))
+    accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
+    before = dict(accounts.items()).get(did)
+    accounts.add(did, session_id)
+    if before is not None:  # of this browser, which has no more use for it
+        get_client().revoke(did, session_id=before)
+    logged_in.send(
+        sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
+    )
+    return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL), status=303)
+
+
+def _log_in(request: HttpRequest, result: CallbackResult) -> tuple[Any, str]:
+    from .models import Account
+
+    user = authenticate(request, atproto=result)
+    if user is None:
+        return None, "There is no user here for this account."
+    if request.user.is_authenticated and request.user.pk != user.pk:
+        logout(request)
+    login(request, user, backend=_BACKEND)
+    request.atproto.login = result.session.did  # type: ignore[attr-defined]
+    return Account.objects.get(did=result.session.did), ""
+
+
+def _link(request: HttpRequest, result: CallbackResult, pk: str) -> tuple[Any, str]:
+    from .models import Account
+
+    if not request.user.is_authenticated or str(request.user.pk) != pk:
+        return None, "You have been logged out meanwhile. Please log in, and link the account again."
+    account, _ = Account.objects.get_or_create(did=result.session.did, defaults={"user": request.user})
+    if account.user_id != request.user.pk:
+        return None, "This account belongs to another user here."
+    note_login(account, result)
+    return account, ""
+
+
+@never_cache
+@csrf_protect
+@require_POST
+def logout_view(request: HttpRequest) -> HttpResponse:
+    """End what this browser has: its sessions of accounts, and the user's own. Other browsers keep theirs."""
+    target = _safe_next(request)
+    logout(request)  # see apps.py for the sessions of the accounts
+    return HttpResponseRedirect(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"), status=303)
+
+
+@never_cache
+@csrf_protect
+@login_required
+@require_GET
+def accounts(request: HttpRequest) -> HttpResponse:
+    """The accounts of the user."""
+    from .models import Account
+
+    linked = Account.objects.filter(user=request.user.pk).order_by("created_at")
+    return render(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
+
+
+@never_cache
+@csrf_protect
+@login_required
+@require_POST
+def unlink(request: HttpRequest) -> HttpResponse:
+    """Take an account from the user who is logged in, and end all its sessions. Not the last one of a user who has no
+    password, since nobody could log in any more."""
+    from .models import Account
+
+    mine = Account.objects.filter(user=request.user.pk)
+    account = mine.filter(did=request.POST.get("did", "")).first()
+    if account is None:
+        return answer(request, _web.Problem(_web.HTTPStatus.NOT_FOUND, "unknown", "This account is not linked."))
+    if mine.count() == 1 and not request.user.has_usable_password():
+        said = "This is your only way to log in. Link another account first."
+        return answer(request, _web.Problem(_web.HTTPStatus.CONFLICT, "last_account", said))
+    request.atproto.remove(account.did)  # type: ignore[attr-defined]
+    account.delete()  # see apps.py for its sessions
+    return HttpResponseRedirect(_safe_next(request) or reverse("atproto:accounts"), status=303)
+
+
+@require_GET
+def metadata(request: HttpRequest) -> HttpResponse:
+    """The client metadata document, which authorization servers fetch."""
+    return JsonResponse(get_settings().metadata_document())
+
+
+@require_GET
+def jwks(request: HttpRequest) -> HttpResponse:
+    """The public keys of the client."""
+    return JsonResponse(get_settings().jwks())
+
+
+def _origin_of(request: HttpRequest) -> str:
+    return f"{request.scheme}://{request.get_host()}"
+
+
+def _safe_next(request: HttpRequest) -> str | None:
+    """The page of this site that the request asks for, as a path."""
+    given = request.POST.get("next") or request.GET.get("next") or ""
+    if not url_has_allowed_host_and_scheme(given, {request.get_host()}, require_https=request.is_secure()):
+        return None
+    return _web.safe_next(urlunsplit(("", "", *urlsplit(given)[2:])))
+
+
+def _without(response: HttpResponse, cookies: list[str]) -> HttpResponse:
+    for name in cookies:
+        response.delete_cookie(name, samesite="Lax")
+    return response
