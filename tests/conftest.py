@@ -14,6 +14,7 @@ from atproto_session import ClientMetadata, OAuthClient, OAuthSession
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .core import RESTLESS
+from .servers import mysql_server, mysql_url, postgresql_server, postgresql_url, redis_server, redis_url  # noqa: F401
 
 if TYPE_CHECKING:
     from .browser import Chromium
