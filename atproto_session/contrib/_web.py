@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -258,14 +258,19 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 # Browsers and pages
 
 
-def is_foreign(headers: Mapping[str, str], own: Iterable[str]) -> bool:
+class Headers(Protocol):
+    """The headers of a request, whose names may be in any case."""
+
+    def get(self, name: str, /) -> str | None: ...
+
+
+def is_foreign(headers: Headers, own: Iterable[str]) -> bool:
     """Whether a request was caused by a page of somebody else. Such a page may have a browser send a form, with all its
     cookies, but cannot choose these headers.
 
     ``Sec-Fetch-Site`` (Fetch Metadata Request Headers, section 2.4) is what browsers say over https and on this
     machine, else ``Origin`` (RFC 6454 section 7). What has neither comes from no browser of today, and so from no page.
 
-    :param headers: of the request, whose names may be in any case.
     :param own: the origins of the application's own pages.
     """
     site = headers.get("Sec-Fetch-Site")
@@ -332,20 +337,32 @@ class BegunLogin:
 
 @dataclass(frozen=True)
 class EndedLogin:
-    """A log-in that is over, well or not.
+    """A log-in that ended well.
 
-    :ivar result: the account, or ``None``.
+    :ivar result: the account.
     :ivar session_id: which of the account's sessions is this browser's.
-    :ivar next: where to send the browser, as it was when the log-in began.
+    :ivar next: where to send the browser, as was said when the log-in began.
     :ivar stale: the names of cookies to delete.
-    :ivar error: why there is no account.
     """
 
-    result: CallbackResult | None
-    session_id: str | None
+    result: CallbackResult
+    session_id: str
     next: str | None
     stale: list[str]
-    error: SessionError | None = None
+
+
+@dataclass(frozen=True)
+class FailedLogin:
+    """A log-in that did not.
+
+    :ivar error: why; :func:`problem_of_login` says what to tell people.
+    :ivar next: as with :class:`EndedLogin`, so that another try may lead there.
+    :ivar stale: the names of cookies to delete.
+    """
+
+    error: SessionError
+    next: str | None
+    stale: list[str]
 
 
 def _tickets(settings: Settings, cookies: Mapping[str, str]) -> dict[str, str]:
@@ -387,7 +404,7 @@ def begin_login(
 
 def end_login(
     settings: Settings, client: OAuthClient, params: Mapping[str, Any] | str, cookies: Mapping[str, str]
-) -> EndedLogin:
+) -> EndedLogin | FailedLogin:
     """End a log-in with what its browser brings back. The session is stored under a ``session_id`` of its own.
 
     :param params: of the request, each with a list of its values; or its URL.
@@ -400,8 +417,8 @@ def end_login(
     except SessionError as error:
         name, target = _read_state(getattr(error, "state", None))
         if name not in tickets:  # of another browser, whose affairs are none of this one's
-            return EndedLogin(None, None, None, [], error)
-        return EndedLogin(None, None, target, [name], error)
+            return FailedLogin(error, None, [])
+        return FailedLogin(error, target, [name])
     name, target = _read_state(result.state)
     return EndedLogin(result, session_id, target, [name])
 
@@ -471,6 +488,14 @@ def problem_of(error: Exception) -> Problem | None:
     if isinstance(error, requests.RequestException):
         return _problem_of_request(error)
     return None
+
+
+def problem_of_login(error: SessionError) -> Problem | None:
+    """What to answer when ``error`` ended a log-in: as :func:`problem_of`, but what the person can mend is said in the
+    words of the error, which are fit for people."""
+    if isinstance(error, IdentityError | OAuthCallbackError) and not error.retryable:
+        return Problem(HTTPStatus.BAD_REQUEST, "login_failed", str(error))
+    return problem_of(error)
 
 
 def _problem_of_request(error: requests.RequestException) -> Problem | None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from atproto_session import (
     ClientMetadataError,
     DiscoveryError,
+    IdentityError,
     Keyset,
     OAuthCallbackError,
     OAuthClient,
@@ -24,12 +25,15 @@ from atproto_session import (
     TransportError,
 )
 from atproto_session.contrib._web import (
+    EndedLogin,
+    FailedLogin,
     Settings,
     begin_login,
     end_login,
     is_foreign,
     is_over,
     problem_of,
+    problem_of_login,
     safe_next,
     wants_json,
 )
@@ -267,8 +271,8 @@ def test_the_log_ins_of_two_tabs_do_not_meet(network: LocalNetwork, client: OAut
     first, second = begun(client, account, cookies, "/first"), begun(client, account, cookies, "//second")
     two = end_login(SETTINGS, client, network.authorize(second, account), cookies)
     one = end_login(SETTINGS, client, network.authorize(first, account), cookies)
-    assert one.result is not None
-    assert two.result is not None
+    assert isinstance(one, EndedLogin)
+    assert isinstance(two, EndedLogin)
     assert one.session_id != two.session_id
     assert (one.next, two.next) == ("/first", None)
     assert {*one.stale, *two.stale} == set(cookies) - {"other"}
@@ -283,9 +287,9 @@ def test_another_browser_cannot_end_a_log_in(network: LocalNetwork, client: OAut
     callback = network.authorize(begun(client, account, mine, "/mine"), account)
     for cookies in (theirs, {}):
         ended = end_login(SETTINGS, client, callback, cookies)
-        assert ended.result is None
+        assert isinstance(ended, FailedLogin)
         assert isinstance(ended.error, OAuthCallbackError)
-        assert (ended.session_id, ended.next, ended.stale) == (None, None, [])
+        assert (ended.next, ended.stale) == (None, [])
         callback = network.authorize(begun(client, account, mine, "/mine"), account)
     assert network.requests("/oauth/token") == 0
 
@@ -294,6 +298,7 @@ def test_a_refused_log_in_leads_back(network: LocalNetwork, client: OAuthClient,
     cookies: dict[str, str] = {}
     callback = network.authorize(begun(client, account, cookies, "/there"), account, approve=False)
     ended = end_login(SETTINGS, client, callback, cookies)
+    assert isinstance(ended, FailedLogin)
     assert "access_denied" in str(ended.error)
     assert ended.next == "/there"
     assert ended.stale == list(cookies)
@@ -312,7 +317,7 @@ def test_a_neighbouring_host_cannot_set_the_ticket(
     public = Settings(public_url="https://app.example.com")
     cookies: dict[str, str] = {}
     url = begun(client, account, cookies)
-    assert end_login(public, client, network.authorize(url, account), cookies).result is None
+    assert isinstance(end_login(public, client, network.authorize(url, account), cookies), FailedLogin)
     assert begin_login(public, client, account.did, own=HERE, cookies={}).ticket.name.startswith("__Host-")
 
 
@@ -363,6 +368,16 @@ def test_what_the_other_side_did_is_no_error_of_ours(error: Exception, status: i
     problem = problem_of(error)
     assert problem is not None
     assert (problem.status, problem.retry_after) == (HTTPStatus(status), after)
+
+
+def test_what_a_person_can_mend_is_said_in_the_words_of_the_error() -> None:
+    spelling = problem_of_login(IdentityError("no account has the handle x; check its spelling"))
+    assert spelling is not None
+    assert (spelling.status, spelling.message) == (400, "no account has the handle x; check its spelling")
+    slow = problem_of_login(IdentityError("its domain does not answer", retryable=True))
+    assert slow is not None
+    assert slow.status == 503
+    assert problem_of_login(StoreError("full")) is None
 
 
 @pytest.mark.parametrize(
