@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -23,6 +23,8 @@ from django.db.models.constants import OnConflict
 from ..._fork import Turns, close_at_end, copy_of, pause_at_fork
 from ...errors import StoreError
 from ...stores._connections import is_busy
+
+T = TypeVar("T")
 
 #: More idle connections than this are closed.
 _MOST_IDLE = 4
@@ -65,7 +67,7 @@ class Connections:
         self._lent: weakref.WeakSet[BaseDatabaseWrapper] = weakref.WeakSet()
         self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
         self._test: BaseDatabaseWrapper | None = None
-        self._files: dict[object, str] = {}
+        self._files: dict[str, str] = {}
         pause_at_fork(self)
         close_at_end(self)
 
@@ -131,9 +133,13 @@ class Connections:
         """The kind of database, such as ``"postgresql"``."""
         return connections[self.alias].vendor
 
+    def name(self) -> str:
+        """What the database is called now: tests give it another name."""
+        return str(connections.settings[self.alias]["NAME"])
+
     def file(self) -> str:
         """The file of an SQLite database; empty if it is in memory."""
-        name = connections.settings[self.alias]["NAME"]
+        name = self.name()
         if name not in self._files:
             self._files[name] = os.path.realpath(path) if (path := self.fetch("PRAGMA database_list")[0][2]) else ""
         return self._files[name]
@@ -217,7 +223,7 @@ class Connections:
 
     # Errors
 
-    def _do(self, work: Callable[[BaseDatabaseWrapper], Any]) -> Any:
+    def _do(self, work: Callable[[BaseDatabaseWrapper], T]) -> T:
         deadline = time.monotonic() + _LOCKED_WITHIN
         while True:
             try:

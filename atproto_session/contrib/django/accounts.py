@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from django.http import HttpRequest
 
-from ...errors import SessionNotFoundError
+from ...errors import SessionError, SessionNotFoundError
 from ...oauth_session import OAuthSession
-from .conf import get_client, get_store
+from .conf import get_client
 
 if TYPE_CHECKING:
     from .models import Account
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: In Django's session: the ``session_id`` of each account of this browser, the current one last; and the account that
 #: its user has logged in with, if it was one.
 _ACCOUNTS, _LOGIN = "_atproto_accounts", "_atproto_login"
+#: How long a request to an account's server may take, in seconds, unless a view says otherwise: less than the 30 after
+#: which gunicorn takes a worker for dead.
+_TOTAL_TIMEOUT = 25.0
 
 
 class NobodyLoggedInError(SessionNotFoundError):
@@ -62,10 +65,11 @@ class BrowserAccounts:
 
     @property
     def session(self) -> OAuthSession:
-        """The current account, ready to use.
+        """The current account, ready to use; with a ``total_timeout`` of 25 seconds.
 
         :raises NobodyLoggedInError: there is none.
-        :raises SessionError: see :meth:`.OAuthClient.restore`.
+        :raises SessionNotFoundError: its session is over.
+        :raises StoreError: the store cannot be read.
         """
         if self.did is None:
             raise NobodyLoggedInError("nobody has logged in with an account in this browser")
@@ -75,7 +79,9 @@ class BrowserAccounts:
         if did not in self._ids:
             raise NobodyLoggedInError("this browser has not logged in with that account")
         if did not in self._opened:
-            self._opened[did] = get_client().restore(did, session_id=self._ids[did])
+            opened = get_client().restore(did, refresh=False, session_id=self._ids[did])
+            opened.total_timeout = _TOTAL_TIMEOUT
+            self._opened[did] = opened
         return self._opened[did]
 
     def __getattr__(self, name: str) -> Any:
@@ -102,13 +108,19 @@ class BrowserAccounts:
             raise NobodyLoggedInError("this browser has not logged in with that account")
         self.add(did, self._ids[did])
 
-    def is_stored(self, did: str | None = None) -> bool:
-        """Whether the session of the current account is still there, or that of ``did``; costs one look into the store.
+    def is_there(self, did: str | None = None) -> bool:
+        """Whether the session of the current account, or of ``did``, is still in the store. Costs one look, and no
+        request.
 
-        :raises StoreError: the store cannot be read.
+        :raises SessionError: the store cannot be read.
         """
         did = did or self.did
-        return did is not None and did in self._ids and get_store().get(f"{did}#{self._ids[did]}") is not None
+        try:
+            return did is not None and self[did] is not None
+        except SessionError as error:
+            if error.login_required:
+                return False
+            raise
 
     # For the views
 

@@ -17,7 +17,7 @@ from .models import Account, StoredSession
 
 
 @admin.register(Account)
-class AccountAdmin(admin.ModelAdmin[Account]):
+class AccountAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """Who has logged in. To delete one ends its sessions."""
 
     list_display = ("did", "handle", "user", "last_login")
@@ -31,7 +31,7 @@ class AccountAdmin(admin.ModelAdmin[Account]):
 
 
 @admin.register(StoredSession)
-class StoredSessionAdmin(admin.ModelAdmin[StoredSession]):
+class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """The sessions. They cannot be changed, but ended: to delete one signs it out at its server, too."""
 
     list_display = ("account", "status", "began_at", "refreshed_at", "server")

@@ -24,7 +24,9 @@ class ATProtoBackend(ModelBackend):
     ``ModelBackend``.
     """
 
-    def authenticate(self, request: HttpRequest | None, atproto: CallbackResult | None = None, **other: Any) -> Any:
+    def authenticate(  # type: ignore[override]
+        self, request: HttpRequest | None, atproto: CallbackResult | None = None, **other: Any
+    ) -> Any:
         """The user of the account, who is made at the first log-in by the function that ``NEW_USER`` names.
 
         :param atproto: a log-in that ended well.
@@ -71,7 +73,7 @@ def new_user(request: HttpRequest | None, did: str, handle: str | None) -> Any:
     The name of the user comes from the DID, which never changes, and not from the handle, which may be somebody else's
     one day. Nobody is found by it: the user of an account is the one that its row in ``Account`` names.
     """
-    model = get_user_model()
+    model: Any = get_user_model()
     name = model.USERNAME_FIELD
     longest = getattr(model._meta.get_field(name), "max_length", None) or 150
     user = model(**{name: _username(did, longest, model)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning  # noqa: A004 - Django's name for it
+from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, router
 from django.utils.module_loading import import_string
@@ -82,8 +82,8 @@ def _check_store() -> list[CheckMessage]:
         return [
             Error(
                 f'Sessions cannot be kept in the database "{alias}", which is {vendor}.',
-                hint=f'Name one of PostgreSQL, MySQL, MariaDB or SQLite in {called("DATABASE")}, or a place in '
-                f'{called("STORE")}.',
+                hint=f"Name one of PostgreSQL, MySQL, MariaDB or SQLite in {called('DATABASE')}, or a place in "
+                f"{called('STORE')}.",
                 id="atproto_session.E008",
             )
         ]

@@ -122,8 +122,8 @@ def _prefix() -> str:
         login = reverse("atproto:login")
     except NoReverseMatch:
         raise ClientMetadataError(
-            'the pages of the log-in are in no URL: add path("atproto/", include("atproto_session.contrib.django.urls")) '
-            "to urls.py"
+            'the pages of the log-in have no address: add path("atproto/", include('
+            '"atproto_session.contrib.django.urls")) to urls.py'
         ) from None
     # A worker knows nothing of the prefix that a web server may have put before all paths. PUBLIC_URL has it.
     return "/" + login.removeprefix(get_script_prefix()).removesuffix(_web.LOGIN.lstrip("/")).strip("/")

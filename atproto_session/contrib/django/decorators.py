@@ -34,4 +34,4 @@ class AccountRequiredMixin:
 
 def _has_account(request: HttpRequest) -> bool:
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
-    return accounts.is_stored()
+    return accounts.is_there()

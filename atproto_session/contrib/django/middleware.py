@@ -11,6 +11,7 @@ from django.contrib.auth import logout
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import render
 from django.urls import reverse
+from django.utils.cache import add_never_cache_headers
 from django.utils.functional import SimpleLazyObject
 
 from ...errors import SessionError
@@ -39,7 +40,7 @@ class ATProtoMiddleware:
         user = getattr(request, "user", None)
         if user is not None:
             request.user = SimpleLazyObject(lambda: _user_of(request, user))  # type: ignore[assignment]
-            request.auser = _later(request)  # type: ignore[assignment]
+            request.auser = _later(request)
         with keeping_connections():
             return self.get_response(request)
 
@@ -70,7 +71,7 @@ def forget(request: HttpRequest, did: str) -> None:
 
 def to_login(request: HttpRequest) -> HttpResponse:
     """The way to the log-in, and back again; for programs, a 401."""
-    if _wants_json(request):
+    if wants_json(request):
         said = {"error": "login_required", "message": "Please log in.", "login": reverse("atproto:login")}
         return JsonResponse(said, status=401)
     query = f"?{urlencode({'next': request.get_full_path()})}" if request.method in ("GET", "HEAD") else ""
@@ -79,17 +80,32 @@ def to_login(request: HttpRequest) -> HttpResponse:
 
 def answer(request: HttpRequest, problem: _web.Problem) -> HttpResponse:
     """What is said of a problem."""
-    response: HttpResponse
-    if _wants_json(request):
-        response = JsonResponse({"error": problem.error, "message": problem.message}, status=problem.status)
-    else:
-        response = render(request, "atproto_session/problem.html", {"problem": problem}, status=problem.status)
-    if problem.retry_after is not None:
-        response["Retry-After"] = str(problem.retry_after)
+    if not wants_json(request):
+        return page(request, "atproto_session/problem.html", {"problem": problem}, problem)
+    said = {"error": problem.error, "message": problem.message}
+    return _finished(JsonResponse(said, status=problem.status), problem)
+
+
+def page(
+    request: HttpRequest, template: str, context: dict[str, Any], problem: _web.Problem | None = None
+) -> HttpResponse:
+    """A page of this app."""
+    response = render(request, template, context, status=None if problem is None else problem.status)
+    # No page of somebody else shows this one in a frame, and leads people to press its buttons.
+    response["Content-Security-Policy"] = "frame-ancestors 'none'"
+    return _finished(response, problem)
+
+
+def _finished(response: HttpResponse, problem: _web.Problem | None) -> HttpResponse:
+    if problem is not None:
+        add_never_cache_headers(response)
+        if problem.retry_after is not None:
+            response["Retry-After"] = str(problem.retry_after)
     return response
 
 
-def _wants_json(request: HttpRequest) -> bool:
+def wants_json(request: HttpRequest) -> bool:
+    """Whether a program asks, which has no use for a page."""
     return _web.wants_json(request.headers.get("Accept", ""), request.headers.get("Content-Type", ""))
 
 
@@ -100,7 +116,7 @@ def _said(error: Exception) -> str:
 
 def _user_of(request: HttpRequest, user: Any) -> Any:
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
-    if user.is_authenticated and accounts.login is not None and not accounts.is_stored(accounts.login):
+    if user.is_authenticated and accounts.login is not None and not accounts.is_there(accounts.login):
         from django.contrib.auth.models import AnonymousUser
 
         return AnonymousUser()

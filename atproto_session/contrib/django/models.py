@@ -36,7 +36,7 @@ class StoredSession(models.Model):
 
     :ivar key_hash: of ``key``: keys are longer than an index may be, and databases may not tell upper case from lower.
     :ivar did_hash: of the account, to find all its sessions by.
-    :ivar key: the DID, or ``did#session_id``.
+    :ivar key: the DID, or ``did#session_id``, escaped as in a string of Python's.
     :ivar document: the session, encrypted if there are ``ENCRYPTION_KEYS``.
     """
 

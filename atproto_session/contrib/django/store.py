@@ -86,7 +86,7 @@ class DjangoRows:
                 return
 
     def insert(self, key: str, data: bytes) -> bool:
-        row = {"key_hash": _hash(key), "did_hash": _hash(subject_of(key)), "key": key, "document": data}
+        row = {"key_hash": _hash(key), "did_hash": _hash(subject_of(key)), "key": _escaped(key), "document": data}
         return self._connections.insert(self._table, row)
 
     def update(self, key: str, data: bytes, expected: bytes) -> bool:
@@ -113,12 +113,12 @@ class DjangoRows:
             f" ORDER BY {{key_hash}} LIMIT {_PAGE}",
             [last],
         ):
-            yield from (key for _, key in rows)
+            yield from (_unescaped(key) for _, key in rows)
             last = rows[-1][0]
 
     def keys_of(self, did: str) -> list[str]:
         sql = f"SELECT {{key}} FROM {{{self._table}}} WHERE {{did_hash}} = %s"  # noqa: S608
-        return [key for (key,) in self._connections.fetch(sql, [_hash(did)])]
+        return [_unescaped(key) for (key,) in self._connections.fetch(sql, [_hash(did)])]
 
     def close(self) -> None:
         self._connections.close_idle()
@@ -170,7 +170,9 @@ class DjangoLocks:
             return self._threads
         vendor = self._connections.vendor
         if vendor != "sqlite":
-            return self._made.get("") or self._made.setdefault("", SQLLocks(self._connect, vendor, scope=self._table))
+            # By the database, since the locks of MySQL are those of the whole server.
+            scope = f"{self._connections.name()}.{self._table}"
+            return self._made.get(scope) or self._made.setdefault(scope, SQLLocks(self._connect, vendor, scope=scope))
         if file := self._connections.file():
             return self._made.get(file) or self._made.setdefault(file, FileLocks(f"{file}.locks"))
         return self._threads
@@ -186,6 +188,15 @@ class DjangoLocks:
 
 def _first(rows: list[Any]) -> bytes | None:
     return bytes(rows[0][0]) if rows else None
+
+
+def _escaped(key: str) -> str:
+    """It may have characters that a column does not take."""
+    return key.encode("unicode_escape").decode("ascii")
+
+
+def _unescaped(key: str) -> str:
+    return key.encode("ascii").decode("unicode_escape")
 
 
 def _hash(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -10,7 +11,7 @@ from django.contrib.auth import authenticate, login, logout
 from django.contrib.auth.decorators import login_required
 from django.core import signing
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
-from django.shortcuts import render, resolve_url
+from django.shortcuts import resolve_url
 from django.urls import reverse
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.cache import never_cache
@@ -18,12 +19,12 @@ from django.views.decorators.csrf import csrf_protect
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from ...client import CallbackResult
-from ...errors import DiscoveryError, IdentityError, SessionError
+from ...errors import SessionError
 from .. import _web
 from .accounts import BrowserAccounts
 from .backends import note_login
 from .conf import get_client, get_settings
-from .middleware import answer
+from .middleware import answer, log, page, wants_json
 from .signals import logged_in
 
 _BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
@@ -50,35 +51,27 @@ def link(request: HttpRequest) -> HttpResponse:
     return _begin(request, next=f"{reverse('atproto:link')}?{signed}", link=True)
 
 
-def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpResponse:  # noqa: A002
+def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpResponse:
     settings = get_settings()
     here = _origin_of(request)
     if (elsewhere := settings.origin_for_login(here)) is not None:
         # Where the cookies of this page are those of the callback, too.
-        return HttpResponseRedirect(f"{elsewhere}{request.get_full_path()}")
-    context: dict[str, Any] = {"link": link, "next": _safe_next(request) or "", "settings": settings}
+        return _see_other(f"{elsewhere}{request.get_full_path()}")
+    target = _safe_next(request)
     if request.method != "POST":
-        return render(request, "atproto_session/login.html", context)
-    context["account"] = request.POST.get("account", "")
+        return _form(request, target=target, link=link)
     try:
         begun = _web.begin_login(
-            settings, get_client(), context["account"], own=here, cookies=request.COOKIES, next=next
+            settings, get_client(), request.POST.get("account", ""), own=here, cookies=request.COOKIES, next=next
         )
     except SessionError as error:
-        problem = _web.problem_of(error)
-        if problem is None:
-            raise
-        is_theirs = isinstance(error, IdentityError | DiscoveryError)
-        context["problem"] = str(error) if is_theirs else problem.message
-        status = 400 if is_theirs and problem.retry_after is None else problem.status
-        return render(request, "atproto_session/login.html", context, status=status)
-    response = HttpResponseRedirect(begun.url, status=303)
-    ticket = begun.ticket
+        return _form(request, target=target, link=link, problem=_problem_of(error))
+    response = _see_other(begun.url)
     response.set_cookie(
-        ticket.name,
-        ticket.secret,
+        begun.ticket.name,
+        begun.ticket.secret,
         max_age=_web.TICKET_LIFETIME,
-        secure=ticket.secure,
+        secure=begun.ticket.secure,
         httponly=True,
         samesite="Lax",
     )
@@ -91,23 +84,16 @@ def callback(request: HttpRequest) -> HttpResponse:
     """Where the authorization server sends the browser back to."""
     settings, client = get_settings(), get_client()
     ended = _web.end_login(settings, client, dict(request.GET.lists()), request.COOKIES)
-    if ended.result is None or ended.session_id is None:
-        return _without(_refusal(request, ended), ended.stale)
-    did = ended.result.session.did
+    if isinstance(ended, _web.FailedLogin):
+        target = _link_target(ended.next)[1] if _is_link(ended.next) else ended.next
+        page = _form(request, target=target, link=_is_link(ended.next), problem=_problem_of(ended.error))
+        return _without(page, ended.stale)
     try:
         response = _enter(request, ended.result, ended.session_id, ended.next)
     except BaseException:
-        client.revoke(did, session_id=ended.session_id)
+        client.revoke(ended.result.session.did, session_id=ended.session_id)
         raise
     return _without(response, ended.stale)
-
-
-def _refusal(request: HttpRequest, ended: _web.EndedLogin) -> HttpResponse:
-    error = ended.error or SessionError("the log-in did not end well")
-    problem = _web.problem_of(error)
-    if problem is None:
-        raise error
-    return answer(request, problem)
 
 
 def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target: str | None) -> HttpResponse:
@@ -116,14 +102,14 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
 
     did = result.session.did
     is_new = not Account.objects.filter(did=did).exists()
-    if target is not None and target.startswith(f"{reverse('atproto:link')}?"):
-        pk, target = signing.loads(target.partition("?")[2], salt=_LINK, max_age=_web.TICKET_LIFETIME)
+    if target is not None and _is_link(target):
+        pk, target = _link_target(target)
         account, problem = _link(request, result, pk)
     else:
         account, problem = _log_in(request, result)
     if account is None:
         get_client().revoke(did, session_id=session_id)
-        return answer(request, _web.Problem(_web.HTTPStatus.FORBIDDEN, "refused", problem))
+        return answer(request, _web.Problem(HTTPStatus.FORBIDDEN, "refused", problem))
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
     before = dict(accounts.items()).get(did)
     accounts.add(did, session_id)
@@ -132,7 +118,7 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     logged_in.send(
         sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
     )
-    return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL), status=303)
+    return _see_other(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
 
 
 def _log_in(request: HttpRequest, result: CallbackResult) -> tuple[Any, str]:
@@ -154,7 +140,7 @@ def _link(request: HttpRequest, result: CallbackResult, pk: str) -> tuple[Any, s
     if not request.user.is_authenticated or str(request.user.pk) != pk:
         return None, "You have been logged out meanwhile. Please log in, and link the account again."
     account, _ = Account.objects.get_or_create(did=result.session.did, defaults={"user": request.user})
-    if account.user_id != request.user.pk:
+    if account.user.pk != request.user.pk:
         return None, "This account belongs to another user here."
     note_login(account, result)
     return account, ""
@@ -167,7 +153,7 @@ def logout_view(request: HttpRequest) -> HttpResponse:
     """End what this browser has: its sessions of accounts, and the user's own. Other browsers keep theirs."""
     target = _safe_next(request)
     logout(request)  # see apps.py for the sessions of the accounts
-    return HttpResponseRedirect(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"), status=303)
+    return _see_other(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
 
 
 @never_cache
@@ -179,7 +165,7 @@ def accounts(request: HttpRequest) -> HttpResponse:
     from .models import Account
 
     linked = Account.objects.filter(user=request.user.pk).order_by("created_at")
-    return render(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
+    return page(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
 
 
 @never_cache
@@ -191,16 +177,17 @@ def unlink(request: HttpRequest) -> HttpResponse:
     password, since nobody could log in any more."""
     from .models import Account
 
-    mine = Account.objects.filter(user=request.user.pk)
+    user: Any = request.user
+    mine = Account.objects.filter(user=user.pk)
     account = mine.filter(did=request.POST.get("did", "")).first()
     if account is None:
-        return answer(request, _web.Problem(_web.HTTPStatus.NOT_FOUND, "unknown", "This account is not linked."))
-    if mine.count() == 1 and not request.user.has_usable_password():
+        return answer(request, _web.Problem(HTTPStatus.NOT_FOUND, "unknown", "This account is not linked."))
+    if mine.count() == 1 and not user.has_usable_password():
         said = "This is your only way to log in. Link another account first."
-        return answer(request, _web.Problem(_web.HTTPStatus.CONFLICT, "last_account", said))
+        return answer(request, _web.Problem(HTTPStatus.CONFLICT, "last_account", said))
     request.atproto.remove(account.did)  # type: ignore[attr-defined]
     account.delete()  # see apps.py for its sessions
-    return HttpResponseRedirect(_safe_next(request) or reverse("atproto:accounts"), status=303)
+    return _see_other(_safe_next(request) or reverse("atproto:accounts"))
 
 
 @require_GET
@@ -215,8 +202,51 @@ def jwks(request: HttpRequest) -> HttpResponse:
     return JsonResponse(get_settings().jwks())
 
 
+# What the views share
+
+
+def _form(request: HttpRequest, *, target: str | None, link: bool, problem: _web.Problem | None = None) -> HttpResponse:
+    if problem is not None and wants_json(request):
+        return answer(request, problem)
+    context = {
+        "link": link,
+        "next": target or "",
+        "problem": problem,
+        "account": request.POST.get("account") or request.GET.get("account") or "",
+    }
+    return page(request, "atproto_session/login.html", context, problem)
+
+
+def _problem_of(error: SessionError) -> _web.Problem:
+    """
+    :raises SessionError: it is the application's own fault.
+    """
+    problem = _web.problem_of_login(error)
+    if problem is None:
+        raise error
+    log.warning("a log-in was answered with %d: %s", problem.status, error)
+    return problem
+
+
+def _see_other(url: str) -> HttpResponse:
+    return HttpResponseRedirect(url, status=HTTPStatus.SEE_OTHER)
+
+
 def _origin_of(request: HttpRequest) -> str:
     return f"{request.scheme}://{request.get_host()}"
+
+
+def _is_link(target: str | None) -> bool:
+    return target is not None and target.startswith(f"{reverse('atproto:link')}?")
+
+
+def _link_target(target: str | None) -> tuple[str, str]:
+    """Whose account it is to be, and where to go then."""
+    try:
+        pk, after = signing.loads((target or "").partition("?")[2], salt=_LINK)
+    except signing.BadSignature:  # somebody has made it up
+        return "", reverse("atproto:accounts")
+    return pk, after
 
 
 def _safe_next(request: HttpRequest) -> str | None:

@@ -15,7 +15,9 @@ class Command(BaseCommand):
     help = "Refresh the sessions that were not used for long, before they die of it. To be run once a day."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--idle", type=float, metavar="DAYS", default=5.0, help="not refreshed for so many days (5)")
+        parser.add_argument(
+            "--idle", type=float, metavar="DAYS", default=5.0, help="not refreshed for so many days (5)"
+        )
         parser.add_argument("--pace", type=float, metavar="SECONDS", default=0.5, help="between two accounts (0.5)")
         parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop after so long; the next run goes on")
 
@@ -27,7 +29,7 @@ class Command(BaseCommand):
         for result in results:
             if result.error is not None:
                 self.stderr.write(f"{result.did}: {result.outcome}: {result.error}")
-        counts = {outcome: 0 for outcome in ("refreshed", "ended", "failed")}
+        counts = dict.fromkeys(("refreshed", "ended", "failed"), 0)
         for result in results:
             counts[result.outcome] += 1
         self.stdout.write(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
