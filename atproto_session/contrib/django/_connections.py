@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from django.db import Error, connections
+from django.db import Error, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.constants import OnConflict
 
@@ -53,6 +53,8 @@ class Connections:
     A few of them stay open between two uses for as long as Django's own would: during a request (:meth:`in_use`), and
     afterwards up to the ``CONN_MAX_AGE`` of the database.
 
+    An SQLite database is put into WAL mode.
+
     Under ``django.test.TestCase`` there are none: what a test stores is seen and rolled back with all the rest, so the
     test's own connection is used, in the library's threads, too.
 
@@ -67,6 +69,7 @@ class Connections:
         self._lent: weakref.WeakSet[BaseDatabaseWrapper] = weakref.WeakSet()
         self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
         self._test: BaseDatabaseWrapper | None = None
+        self._vendor = ""
         self._files: dict[str, str] = {}
         pause_at_fork(self)
         close_at_end(self)
@@ -126,12 +129,28 @@ class Connections:
                 f'the database "{self.alias}" is in the memory of each single connection: give it a file, or a name '
                 'such as "file:name?mode=memory&cache=shared"'
             )
+        if connection.vendor == "sqlite":
+            settings["OPTIONS"]["timeout"] = _LOCKED_WITHIN
+            self._prepare_sqlite(connection)
         return connection
+
+    def _prepare_sqlite(self, connection: BaseDatabaseWrapper) -> None:
+        with _cursor(connection) as cursor:
+            cursor.execute("PRAGMA secure_delete = ON")  # tokens that were replaced are overwritten
+            # Or a view that has read something in a transaction keeps all others from writing until it ends, and those
+            # wait for a refresh that has to be written down.
+            cursor.execute("PRAGMA journal_mode")
+            if cursor.fetchone()[0] == "delete":
+                with suppress(OperationalError):  # somebody is using the database; the next connection tries again
+                    cursor.execute("PRAGMA journal_mode = WAL")
 
     @property
     def vendor(self) -> str:
         """The kind of database, such as ``"postgresql"``."""
-        return connections[self.alias].vendor
+        if not self._vendor:
+            # Not the wrapper of this thread, which may be that of another database under the same alias.
+            self._vendor = connections.create_connection(self.alias).vendor
+        return self._vendor
 
     def name(self) -> str:
         """What the database is called now: tests give it another name."""
@@ -166,7 +185,7 @@ class Connections:
     def close_idle(self) -> None:
         while self._idle:
             with suppress(IndexError):
-                self._idle.pop()[0].close()
+                _close(self._idle.pop()[0])
 
     @contextmanager
     def _borrowed(self) -> Iterator[BaseDatabaseWrapper]:
@@ -178,7 +197,7 @@ class Connections:
             except BaseException:
                 # It may be in the middle of something. This may be a child that was forked in the block.
                 if connection not in _inherited:
-                    connection.close()
+                    _close(connection)
                 raise
             finally:
                 self._lent.discard(connection)
@@ -193,13 +212,13 @@ class Connections:
                 # Tests give a database another name.
                 if is_sure and connection.settings_dict["NAME"] == connections.settings[self.alias]["NAME"]:
                     return connection
-                connection.close()
+                _close(connection)
         return None
 
     def _give_back(self, connection: BaseDatabaseWrapper, since: float) -> None:
         is_old = connection.close_at is not None and time.monotonic() >= connection.close_at
         if connection.errors_occurred or (is_old and not self._uses) or len(self._idle) >= _MOST_IDLE:
-            connection.close()
+            _close(connection)
         else:
             self._idle.append((connection, since))
 
@@ -262,11 +281,11 @@ class _Use:
 def failure_of(alias: str, error: Exception) -> StoreError:
     """The error that says that the database ``alias`` could not be used."""
     cause = error.__cause__ or error
-    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or (*cause.args, None)[0]
-    is_missing = code in _NO_TABLE or str(cause).startswith("no such table")
+    codes = {getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None), *cause.args[:1]}
+    is_missing = bool(codes & _NO_TABLE) or str(cause).startswith("no such table")
     if is_missing:
         hint = "its tables are missing: python manage.py migrate"
-    elif code in _ROW_LOCKED or is_busy(cause):
+    elif codes & _ROW_LOCKED or is_busy(cause):
         hint = "a transaction keeps it locked; end that before you use the account"
     else:
         hint = "see the cause of this error"
@@ -277,13 +296,18 @@ def failure_of(alias: str, error: Exception) -> StoreError:
 
 
 #: What PostgreSQL and MySQL say of a table that is not there, and of a row that is locked.
-_NO_TABLE = ("42P01", 1146)
-_ROW_LOCKED = ("55P03", 1205)
+_NO_TABLE = {"42P01", 1146}
+_ROW_LOCKED = {"55P03", 1205}
 
 
 def _is_in_test_case(connection: BaseDatabaseWrapper) -> bool:
     # Django marks them for itself, since on_commit and durable transactions work otherwise in tests.
     return any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
+
+
+def _close(connection: BaseDatabaseWrapper) -> None:
+    with suppress(Error):  # it has ended already
+        connection.close()
 
 
 def _cursor(connection: BaseDatabaseWrapper) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from django.contrib import admin, messages
+from django.contrib.admin.models import DELETION, LogEntry
+from django.db import router, transaction
 from django.db.models import QuerySet
 from django.http import HttpRequest
 
@@ -57,8 +60,10 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         return actions
 
     def delete_model(self, request: HttpRequest, obj: StoredSession) -> None:
+        """Outside of the transaction of the admin: with SQLite, that would keep the store from writing."""
         did, _, session_id = obj.key.partition("#")
-        get_client().revoke(did, session_id=session_id or None)
+        end = partial(get_client().revoke, did, session_id=session_id or None)
+        transaction.on_commit(end, using=router.db_for_write(LogEntry))
 
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[StoredSession]) -> None:
         for session in queryset:
@@ -74,9 +79,9 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
                 kept.append(f"{session}: {error}")
             else:
                 ended += 1
-                self.log_deletions(request, StoredSession.objects.filter(pk=session.pk))
+                LogEntry.objects.log_actions(request.user.pk, [session], DELETION, single_object=True)
         if ended:
-            self.message_user(request, f"{ended} sessions were ended.", messages.SUCCESS)
+            self.message_user(request, f"{ended} sessions are ended.", messages.SUCCESS)
         for reason in kept:
             self.message_user(request, reason, messages.ERROR)
 

@@ -33,11 +33,7 @@ class ATProtoBackend(ModelBackend):
         """
         if atproto is None:
             return None
-        from .models import Account
-
-        account = Account.objects.select_related("user").filter(did=atproto.session.did).first()
-        if account is None:
-            account = self._join(request, atproto)
+        account = _find(atproto.session.did) or self._join(request, atproto)
         if account is None or not self.user_can_authenticate(account.user):
             return None
         note_login(account, atproto)
@@ -53,10 +49,15 @@ class ATProtoBackend(ModelBackend):
                 return None if user is None else Account.objects.create(user=user, did=atproto.session.did)
         except IntegrityError:
             # Another log-in of the same account was first, or there is another reason, which is not ours to hide.
-            account = Account.objects.select_related("user").filter(did=atproto.session.did).first()
-            if account is None:
+            if (account := _find(atproto.session.did)) is None:
                 raise
             return account
+
+
+def _find(did: str) -> Any:
+    from .models import Account
+
+    return Account.objects.select_related("user").filter(did=did).first()
 
 
 def note_login(account: Any, atproto: CallbackResult) -> None:

@@ -49,7 +49,7 @@ class ATProtoMiddleware:
         did = getattr(error, "did", None)
         if isinstance(error, NobodyLoggedInError):
             return to_login(request)
-        if did is not None and _web.is_over(error, did, dict(accounts.items()).get(did)):
+        if did is not None and any(_web.is_over(error, *own) for own in accounts.items()):
             log.info("a session is over: %s", error)
             forget(request, did)
             return to_login(request)

@@ -1,4 +1,8 @@
-"""The pages of the log-in. Their templates are in ``atproto_session/``, to be overridden by the project's own."""
+"""The pages of the log-in. Their templates are in ``atproto_session/``, to be overridden by the project's own.
+
+None of them is a transaction, whatever ``ATOMIC_REQUESTS`` says: with SQLite, what they have written themselves would
+keep the store from writing.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from django.conf import settings as django_settings
 from django.contrib.auth import authenticate, login, logout
 from django.contrib.auth.decorators import login_required
 from django.core import signing
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import resolve_url
 from django.urls import reverse
@@ -32,6 +37,7 @@ _BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
 _LINK = "atproto_session.contrib.django.link"
 
 
+@transaction.non_atomic_requests
 @never_cache
 @csrf_protect
 @require_http_methods(["GET", "HEAD", "POST"])
@@ -40,6 +46,7 @@ def login_view(request: HttpRequest) -> HttpResponse:
     return _begin(request, next=_safe_next(request), link=False)
 
 
+@transaction.non_atomic_requests
 @never_cache
 @csrf_protect
 @login_required
@@ -78,6 +85,7 @@ def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpRespons
     return _without(response, begun.stale)
 
 
+@transaction.non_atomic_requests
 @never_cache
 @require_GET
 def callback(request: HttpRequest) -> HttpResponse:
@@ -146,6 +154,7 @@ def _link(request: HttpRequest, result: CallbackResult, pk: str) -> tuple[Any, s
     return account, ""
 
 
+@transaction.non_atomic_requests
 @never_cache
 @csrf_protect
 @require_POST
@@ -156,6 +165,7 @@ def logout_view(request: HttpRequest) -> HttpResponse:
     return _see_other(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
 
 
+@transaction.non_atomic_requests
 @never_cache
 @csrf_protect
 @login_required
@@ -168,6 +178,7 @@ def accounts(request: HttpRequest) -> HttpResponse:
     return page(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
 
 
+@transaction.non_atomic_requests
 @never_cache
 @csrf_protect
 @login_required

@@ -21,3 +21,4 @@ ALLOWED_HOSTS = ["127.0.0.1", "localhost", "app.example.com", "testserver"]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 DEBUG = False
 LOGGING_CONFIG = None
+ROOT_URLCONF = "tests.contrib.django.urls"
