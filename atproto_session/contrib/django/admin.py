@@ -79,7 +79,7 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
                 kept.append(f"{session}: {error}")
             else:
                 ended += 1
-                LogEntry.objects.log_actions(request.user.pk, [session], DELETION, single_object=True)
+                LogEntry.objects.log_actions(request.user.pk or 0, [session], DELETION, single_object=True)
         if ended:
             self.message_user(request, f"{ended} sessions are ended.", messages.SUCCESS)
         for reason in kept:

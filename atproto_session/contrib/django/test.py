@@ -8,8 +8,8 @@
                 log_in(self.client, network, network.create_account("alice.test"))
                 self.assertContains(self.client.get("/"), "alice.test")
 
-What is logged in here is real: accounts, tokens and refreshes. In a ``TestCase``, the sessions are in the transaction of
-the test, and gone when it ends; with SQLite they are in memory as all the rest.
+What is logged in here is real: accounts, tokens and refreshes. In a ``TestCase``, the sessions are in the transaction
+of the test, and gone when it ends; with SQLite they are in memory as all the rest.
 """
 
 from __future__ import annotations

@@ -19,8 +19,15 @@ project.set_up()
 from django.test import Client  # noqa: E402 - Django has to be set up first
 
 
+def users() -> Any:
+    """Where the users are; the stubs know less of it."""
+    from django.contrib.auth import get_user_model
+
+    return get_user_model()._default_manager
+
+
 class Browser(Client):
-    """One that sends what browsers send: it is at 127.0.0.1, and its forms have their token only where a page gave it."""
+    """One that is where a client for development is. A view that fails is a 500 to it."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"SERVER_NAME": "127.0.0.1", "raise_request_exception": False, **options})

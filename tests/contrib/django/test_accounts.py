@@ -14,7 +14,7 @@ from atproto_session.testing.network import LocalNetwork
 
 def of(browser: Client) -> BrowserAccounts:
     request = HttpRequest()
-    request.session = browser.session  # type: ignore[assignment]
+    request.session = browser.session
     return BrowserAccounts(request)
 
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 import pytest
-from django.contrib.auth import get_user_model
 from django.test import Client, override_settings
 
 from atproto_session import StoreError
@@ -18,13 +17,15 @@ from atproto_session.session import Attempt, Rest
 from atproto_session.testing.contracts._common import make_session
 from atproto_session.testing.network import LocalNetwork
 
+from .conftest import users
+
 SESSIONS = "/admin/atproto_session/storedsession/"
 ACCOUNTS = "/admin/atproto_session/account/"
 
 
 @pytest.fixture
 def admin(site: LocalNetwork, another_browser: Client) -> Client:
-    user = get_user_model().objects.create_superuser("admin", password="secret")
+    user = users().create_superuser("admin", password="secret")
     another_browser.force_login(user, "django.contrib.auth.backends.ModelBackend")
     another_browser.raise_request_exception = True
     return another_browser
@@ -105,11 +106,11 @@ def test_an_account_is_deleted_with_its_sessions(site: LocalNetwork, browser: Cl
 def test_an_account_can_be_entered_by_hand(site: LocalNetwork, browser: Client, admin: Client) -> None:
     """To tie an account to a user who is known."""
     alice = site.create_account()
-    user = get_user_model().objects.create_user("alice")
+    user = users().create_user("alice")
     assert admin.post(f"{ACCOUNTS}add/", {"user": user.pk, "did": alice.did}).status_code == 302
     log_in(browser, site, alice)
     assert Account.objects.get().user == user
-    assert get_user_model().objects.count() == 2
+    assert users().count() == 2
 
 
 def test_a_record_that_cannot_be_read_is_shown_as_that(site: LocalNetwork, browser: Client, admin: Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.contrib.auth import authenticate, get_user_model
+from django.contrib.auth import authenticate
 from django.db import IntegrityError
 from django.test import Client, override_settings
 
@@ -14,6 +14,7 @@ from atproto_session.contrib.django.models import Account, StoredSession
 from atproto_session.contrib.django.test import log_in
 from atproto_session.testing.network import LocalNetwork
 
+from .conftest import users
 from .test_views import who
 
 
@@ -27,7 +28,7 @@ class Result:
 
 @pytest.mark.usefixtures("site")
 def test_a_password_is_not_looked_at() -> None:
-    get_user_model().objects.create_user("alice", password="secret")
+    users().create_user("alice", password="secret")
     backend = backends.ATProtoBackend()
     assert backend.authenticate(None, username="alice", password="secret") is None
     assert authenticate(None, username="alice", password="secret") is not None, "Django's own backend is there, too"
@@ -60,7 +61,7 @@ def nobody(request: Any, did: str, handle: str | None) -> None:
 
 def somebody(request: Any, did: str, handle: str | None) -> Any:
     assert request is not None
-    return get_user_model().objects.create_user(handle)
+    return users().create_user(handle)
 
 
 def test_who_makes_new_users_is_a_setting(site: LocalNetwork, browser: Client) -> None:
@@ -79,7 +80,7 @@ def test_who_makes_new_users_is_a_setting(site: LocalNetwork, browser: Client) -
 @pytest.mark.usefixtures("site")
 def test_two_log_ins_of_a_new_account_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     did = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
-    account = Account.objects.create(user=get_user_model().objects.create_user("first"), did=did)
+    account = Account.objects.create(user=users().create_user("first"), did=did)
     backend = backends.ATProtoBackend()
     for found, outcome in (([None, account], account.user), ([None, None], None)):
         looked = iter(found)
@@ -89,4 +90,4 @@ def test_two_log_ins_of_a_new_account_at_once(monkeypatch: pytest.MonkeyPatch) -
         else:
             with pytest.raises(IntegrityError):
                 backend.authenticate(None, atproto=Result(did))  # type: ignore[arg-type]
-    assert get_user_model().objects.count() == 1, "a user without an account is left over"
+    assert users().count() == 1, "a user without an account is left over"

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -39,9 +39,11 @@ def store(own_database: dict[str, Any]) -> Iterator[DjangoStore]:
 def counted(store: DjangoStore) -> int:
     """The connections that the server has from here."""
     if store.connections.vendor == "postgresql":
-        sql = "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name = current_setting('application_name')"
+        mine = "application_name = current_setting('application_name') AND pid <> pg_backend_pid()"
+        sql = f"SELECT count(*) FROM pg_stat_activity WHERE {mine}"
     else:
-        sql = "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+        mine = "db = database() AND id <> connection_id()"
+        sql = f"SELECT count(*) FROM information_schema.processlist WHERE {mine}"
     with connections[project.OWN].cursor() as cursor:
         cursor.execute(sql)
         return int(cursor.fetchone()[0])
@@ -223,7 +225,7 @@ def test_a_test_s_database_has_another_name(store: DjangoStore, tmp_path: Any) -
     elsewhere = project.sqlite_in(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     connections.settings[project.OWN]["NAME"] = elsewhere["NAME"]
-    with pytest.raises(StoreError, match="its tables are missing: python manage.py migrate"):
+    with pytest.raises(StoreError, match=r"its tables are missing: python manage\.py migrate"):
         store.get(DID)
 
 
@@ -280,7 +282,8 @@ def test_a_server_that_is_away(own_database: dict[str, Any]) -> None:
         "PASSWORD": "secret",
     }
     store = project.open_django_store(away)
-    for use in (lambda: store.get(DID), lambda: store.locks.hold(DID, timeout=1).__enter__()):
+    uses: list[Callable[[], object]] = [lambda: store.get(DID), lambda: store.locks.hold(DID, timeout=1).__enter__()]
+    for use in uses:
         with pytest.raises(StoreError) as caught:
             use()
         assert caught.value.retryable
@@ -319,7 +322,7 @@ def test_a_database_in_memory_that_is_shared() -> None:
 
 def test_in_a_test_case_the_connection_is_the_test_s(own_database: dict[str, Any], store: DjangoStore) -> None:
     class Case(TestCase):
-        databases = {project.OWN}
+        databases = {project.OWN}  # noqa: RUF012 - as in Django
 
         def test_it(self) -> None:
             store.set(DID, make_session())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import requests
@@ -16,7 +17,7 @@ from atproto_session.testing.network import LocalNetwork
 
 from .test_views import who
 
-JSON = {"HTTP_ACCEPT": "application/json"}
+JSON: Any = {"HTTP_ACCEPT": "application/json"}
 
 
 def test_nobody_is_logged_in(site: LocalNetwork, browser: Client) -> None:

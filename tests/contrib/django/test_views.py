@@ -6,7 +6,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from django.contrib.auth import get_user_model
 from django.test import Client, override_settings
 
 from atproto_session.contrib.django import signals
@@ -15,7 +14,7 @@ from atproto_session.contrib.django.models import Account, StoredSession
 from atproto_session.contrib.django.test import log_in
 from atproto_session.testing.network import LocalNetwork
 
-from .conftest import Browser
+from .conftest import Browser, users
 
 
 def who(browser: Client) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def test_only_ids_are_in_the_session(site: LocalNetwork, browser: Client) -> Non
 @pytest.mark.parametrize("page", ["login", "logout", "link", "unlink"])
 def test_a_foreign_page_can_send_no_form(site: LocalNetwork, page: str) -> None:
     browser = Browser(enforce_csrf_checks=True)
-    browser.force_login(get_user_model().objects.create_user("user"))
+    browser.force_login(users().create_user("user"))
     answer = browser.post(
         f"/atproto/{page}", {"account": site.create_account().handle}, HTTP_ORIGIN="https://evil.test"
     )
@@ -242,7 +241,7 @@ def test_users_who_may_not_come_in(site: LocalNetwork, browser: Client) -> None:
     alice = site.create_account()
     log_in(browser, site, alice)
     browser.post("/atproto/logout")
-    get_user_model().objects.update(is_active=False)
+    users().update(is_active=False)
     answer = log_in(browser, site, alice)
     assert answer.status_code == 403
     assert StoredSession.objects.count() == 0, "a session is left over that nobody has"
@@ -256,7 +255,7 @@ def test_a_new_log_in_of_the_same_user_keeps_the_handle_up_to_date(site: LocalNe
     url = begin(browser, type("", (), {"handle": alice.did}))
     finish(browser, site.authorize(url, alice))
     assert Account.objects.get().handle == "alice2.test"
-    assert get_user_model().objects.count() == 1
+    assert users().count() == 1
 
 
 def test_a_receiver_that_fails_leaves_no_session(site: LocalNetwork, browser: Client) -> None:
@@ -281,7 +280,7 @@ def test_accounts_are_linked_and_unlinked(site: LocalNetwork, browser: Client, a
     answer = log_in(browser, site, bob, link=True, next="/whoami")
     assert (answer.status_code, answer["Location"]) == (303, "/whoami")
     assert who(browser) == {"user": user, "did": bob.did, "handle": "bob.test", "all": [bob.did, alice.did]}
-    assert get_user_model().objects.count() == 1
+    assert users().count() == 1
     page = browser.get("/atproto/accounts").content
     assert b"@alice.test" in page
     assert b"@bob.test (in use)" in page
