@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint model soak fuzz bench clean
+.PHONY: help demo test lint model soak fuzz bench extras clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -52,6 +52,9 @@ fuzz: $(VENV)/.made  ## hostile input to everything that parses
 
 bench: $(VENV)/.made  ## what a request costs, against a bare one
 	$(BIN)/python tests/bench.py
+
+extras: $(VENV)/.made  ## install each extra alone, and use it
+	$(BIN)/python -m tests.extras
 
 clean:  ## remove what was made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +18,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+from werkzeug.serving import make_server
 
 from .core import SOON
 
@@ -160,3 +163,21 @@ class Chromium:
     def set_cookie(self, name: str, value: str) -> None:
         """For the page's host."""
         self.driver.add_cookie({"name": name, "value": value, "path": "/"})
+
+
+@contextmanager
+def served(wsgi: Any, host: str = "127.0.0.1", *, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """A WSGI application on a free port, each request in a thread; the origin that it is at.
+
+    :param host: ``"127.0.0.1"`` or ``"localhost"``; or one that the browser was told of.
+    :param tls: for https.
+    """
+    server = make_server("127.0.0.1", 0, wsgi, threaded=True, ssl_context=tls)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http{'s' if tls else ''}://{host}:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -457,7 +457,14 @@ def _wants_json() -> bool:
 
 def _log_answer(error: Exception, problem: Problem) -> None:
     # Without the query: that of the callback holds the code.
-    log.warning("%s %s was answered with %d", request.method, request.path, problem.status, exc_info=error)
+    log.warning(
+        "%s %s was answered with %d: %s",
+        request.method,
+        request.path,
+        problem.status,
+        error,
+        exc_info=error if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR else None,
+    )
 
 
 def _as_json(problem: Problem) -> Response:
