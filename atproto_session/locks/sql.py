@@ -6,11 +6,13 @@ import hashlib
 import os
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from .._fork import copy_of, reset_in_child
 from ..errors import CancelledError, LockTimeoutError, StoreError, printable
 from . import LockKind
 from .threads import ThreadLocks
@@ -49,12 +51,19 @@ class SQLLocks:
         self._dialect = _DIALECTS[dialect]
         self._scope = scope
         self._threads = ThreadLocks()
+        self._holds: weakref.WeakSet[SQLHold] = weakref.WeakSet()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        for hold in copy_of(self._holds):
+            hold.leave_to_parent()
 
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[SQLHold]:
         deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         with self._threads.hold(name, timeout=timeout, cancel=cancel):
             hold = self._open(name)
+            self._holds.add(hold)
             try:
                 while not hold.try_for(min(deadline - time.monotonic(), _SLICE)):
                     if cancel is not None and cancel.is_set():
@@ -110,6 +119,13 @@ class SQLHold(ABC):
         except Exception:  # noqa: BLE001 - whatever has become of the connection, the lock is gone with it
             self._is_held = False
         return self._is_held
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of the connection without a word to the server. It would not see that the parent
+        has died, and would keep the lock, as long as the child has the connection open, too."""
+        if (descriptor := _descriptor_of(self._connection)) is not None:
+            with open(os.devnull, "rb+") as nothing:  # noqa: PTH123 - no path
+                os.dup2(nothing.fileno(), descriptor, inheritable=False)
 
     def end(self) -> None:
         if self._process != os.getpid():
@@ -208,6 +224,17 @@ class MySQLHold(SQLHold):
 
 _DIALECTS: dict[str, type[SQLHold]] = {"postgresql": PostgreSQLHold, "mysql": MySQLHold, "mariadb": MySQLHold}
 _LOCK_NOT_AVAILABLE = "55P03"
+
+
+def _descriptor_of(connection: Any) -> int | None:
+    """The descriptor of a connection's socket, as far as it can be known."""
+    connection = getattr(connection, "dbapi_connection", connection)  # of SQLAlchemy's
+    connection = getattr(connection, "connection", connection)  # of Django's
+    for owner in (connection, getattr(connection, "_sock", None)):
+        fileno = getattr(owner, "fileno", None)
+        if fileno is not None:
+            return int(fileno())
+    return None
 
 
 def _sqlstate_of(error: BaseException | None) -> str | None:

@@ -10,7 +10,8 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, ReadOnlyError, RedisError
+from redis.connection import parse_url
+from redis.exceptions import AuthenticationError, BusyLoadingError, ReadOnlyError, RedisClusterException, RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -29,13 +30,14 @@ return 1
 #: So many names are asked for at a time.
 _PAGE = 1000
 #: What redis-py is told where a URL does not, in seconds: a server that does not answer keeps nobody for ever.
-_DEFAULTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 10.0, "socket_keepalive": True}
+_DEFAULTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 10.0}
 #: And that a command is sent once. (A client of a cluster has to try again, to find out where a key is.)
 _ONCE: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "max_connections": 10_000}
 #: How long replicas are waited for, in milliseconds.
 _REPLICAS_WITHIN = 2000
+_ERRORS = (RedisError, RedisClusterException, OSError)
 #: What may be over a moment later.
-_PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+_PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError, RedisClusterException, OSError)
 _ALIASES = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}
 _SCHEMES = "redis://, rediss://, redis+unix:///path, redis+sentinel:// and redis+cluster://, or rediss+... with TLS"
 
@@ -109,7 +111,7 @@ class _Server:
             raise StoreError("the store is closed")
         try:
             return command(*arguments, **options)
-        except (RedisError, OSError) as error:
+        except _ERRORS as error:
             raise _failure(error) from error
 
     def write(self, command: str, *arguments: Any, **options: Any) -> Any:
@@ -230,6 +232,8 @@ def _place_of(url: str) -> _Place:
         prefix, replicas = options.pop("prefix", None), int(options.pop("replicas", 0)) or None
         scheme, _, how = _ALIASES.get(parts.scheme, parts.scheme).partition("+")
         parts = parts._replace(scheme=_ALIASES.get(scheme, scheme), query=urlencode(options))
+        if how == "cluster" and replicas:
+            raise ValueError("replicas are not waited for in a cluster")  # noqa: TRY301 - as all that is wrong
         client = _MAKERS[how](parts)
     except (ValueError, TypeError, KeyError) as error:
         # Not chained: the message may show any part of the URL, its password among them.
@@ -237,17 +241,22 @@ def _place_of(url: str) -> _Place:
             f"the URL of a store in Redis begins with {_SCHEMES}; this one cannot be understood "
             f"({type(error).__name__})"
         ) from None
-    except (RedisError, OSError) as error:  # the client of a cluster has a look at it when it is made
+    except _ERRORS as error:  # the client of a cluster has a look at it when it is made
         raise _failure(error) from error
     return _Place(client, prefix, replicas)
 
 
+def _text_of(parts: SplitResult) -> str:
+    return f"{parts.scheme}://{parts.netloc}{parts.path}?{parts.query}"
+
+
 def _server_of(parts: SplitResult) -> Any:
-    return redis.Redis.from_url(parts.geturl(), **_DEFAULTS, **_ONCE)
+    of_network = {} if parts.scheme == "unix" else {"socket_keepalive": True}
+    return redis.Redis.from_url(_text_of(parts), **_DEFAULTS, **of_network, **_ONCE)
 
 
 def _cluster_of(parts: SplitResult) -> Any:
-    return redis.RedisCluster.from_url(parts.geturl(), **_DEFAULTS)
+    return redis.RedisCluster.from_url(_text_of(parts), **_DEFAULTS)
 
 
 def _sentinel_of(parts: SplitResult) -> Any:
@@ -261,13 +270,16 @@ def _sentinel_of(parts: SplitResult) -> Any:
         name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options
     }
     # The rest of the options are understood as in every other URL.
-    pool = redis.ConnectionPool.from_url(f"{parts.scheme}:///{database}?{urlencode(options)}", **_DEFAULTS)
-    shared = pool.connection_kwargs | ({"ssl": True} if parts.scheme == "rediss" else {})
+    shared = _DEFAULTS | parse_url(  # type: ignore[no-untyped-call]
+        f"{parts.scheme}:///{database}?{urlencode(options)}"
+    )
+    if shared.pop("connection_class", None) is not None:
+        shared["ssl"] = True
     sentinels = [(host, int(port or 26379)) for host, _, port in (one.partition(":") for one in hosts.split(","))]
     own = {"username": unquote(user) or None, "password": unquote(password) or None}
     without_database = {name: value for name, value in shared.items() if name != "db"}
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
-        sentinels, sentinel_kwargs=without_database | of_sentinels, **shared, **own, **_ONCE
+        sentinels, sentinel_kwargs=without_database | of_sentinels | _ONCE, **shared, **own, **_ONCE
     )
     return sentinel.master_for(service)
 

@@ -45,8 +45,8 @@ _PAGE = 1000
 _LONGEST = 2**24 - 1
 #: How long another worker may take to make the tables, in seconds.
 _TABLES_WITHIN = 60.0
-#: How often a statement is tried that gave way to another one.
-_TRIES = 20
+#: How often a statement is tried again that gave way to another one.
+_MOST_TRIES = 20
 #: Another transaction came first: PostgreSQL's codes, and those of MySQL.
 _GAVE_WAY = {"40001", "40P01", 1205, 1213, 1020}
 #: Connections of a parent, kept in its child for good: to close one, or to collect it, would end it for the parent.
@@ -105,17 +105,18 @@ class SQLStore(RowStore):
     ) -> None:
         codec = Codec(encryption_keys, allow_plaintext=allow_plaintext)
         if isinstance(database, sa.Engine):
-            engine = _engine_like(database)
+            self._database = _Database(database.url, creator=_creator_of(database))
         else:
-            engine, options = _engine_of(database)
+            url, options = _url_of(database)
+            self._database = _Database(url, connect_args=_arguments_for(url))
             prefix = options.get("prefix", prefix)
             create_tables = options.get("create_tables", create_tables) in (True, "yes", "true", "1")
-        self._database = _Database(engine)
         metadata = sa.MetaData()
         sessions, logins = define_tables(metadata, prefix=prefix)
-        schema = self._database.ask(lambda connection: connection.dialect.default_schema_name)
+        dialect = self._database.dialect()
         # By the schema, since the locks of MySQL are those of the whole server.
-        locks = SQLLocks(self._database.connect_apart, engine.dialect.name, scope=f"{schema}.{sessions.name}")
+        scope = f"{dialect.default_schema_name}.{sessions.name}"
+        locks = SQLLocks(self._database.connect_apart, dialect.name, scope=scope)
         _prepare(self._database, metadata, locks, create=create_tables)
         super().__init__(_SQLRows(self._database, sessions), _SQLLogins(self._database, logins), locks, codec)
 
@@ -130,14 +131,31 @@ class SQLStore(RowStore):
 
 
 class _Database:
-    """The connections. Every failure is a StoreError."""
+    """The connections. Every failure is a StoreError.
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self.engine = engine
+    :param options: how SQLAlchemy connects.
+    """
+
+    def __init__(self, url: sa.URL, **options: Any) -> None:
+        # Each statement is a transaction, so there is nothing to reset. A pool without a bound keeps nobody waiting;
+        # each connection is used for one statement.
+        options |= {"isolation_level": "AUTOCOMMIT", "hide_parameters": True}
+        self.engine = _engine(url, max_overflow=-1, pool_reset_on_return=None, skip_autocommit_rollback=True, **options)
+        self._apart = _engine(url, poolclass=sa.NullPool, **options)
         self._is_closed = False
         reset_in_child(self)
         close_at_end(self)
-        weakref.finalize(self, engine.dispose).atexit = False
+        weakref.finalize(self, self.engine.dispose).atexit = False
+
+    def dialect(self) -> sa.Dialect:
+        """The dialect, which knows after the first connection what it talks with."""
+        try:
+            return self.ask(lambda connection: connection.dialect)
+        except TypeError as error:
+            # Not chained: the message may show the value.
+            raise StoreError(
+                f"the URL of the store has an option that the driver does not know ({type(error).__name__})"
+            ) from None
 
     def ask(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
         """
@@ -145,31 +163,28 @@ class _Database:
         """
         if self._is_closed:
             raise StoreError("the store is closed")
-        for left in reversed(range(_TRIES)):
+        gave_way = lost = 0
+        while True:
             try:
                 with self.engine.connect() as connection:
                     return work(connection)
             except IntegrityError:
                 raise  # it is the answer
             except SQLAlchemyError as error:
-                is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
-                # A server that was restarted has ended all connections; the pool knows by now, and makes new ones.
-                if left and (_gave_way(error) or (is_lost and not once and left > _TRIES - 2)):
-                    time.sleep(0.001 * (_TRIES - left))
-                    continue
-                raise _failure(error) from error
-        raise AssertionError  # the last try returns or raises
+                if _has_given_way(error) and gave_way < _MOST_TRIES:
+                    gave_way += 1
+                    time.sleep(0.001 * gave_way)
+                # A server that was restarted has ended all connections: the pool knows by now, and makes new ones.
+                elif _is_lost(error) and not (once or lost):
+                    lost += 1
+                else:
+                    raise _failure(error) from error
 
     def connect_apart(self) -> Any:
         """A connection outside of the pool, in autocommit mode."""
         if self._is_closed:
             raise StoreError("the store is closed")
-        try:
-            connection = self.engine.raw_connection()
-            connection.detach()
-        except SQLAlchemyError as error:
-            raise _failure(error) from error
-        return connection
+        return self._apart.raw_connection()
 
     def close(self) -> None:
         self._is_closed = True
@@ -195,8 +210,9 @@ class _SQLRows:
         return None if data is None else bytes(data)
 
     def put(self, key: str, data: bytes) -> None:
-        while not (self._update(key, data, None) or self.insert(key, data)):
-            """Another worker has inserted or deleted it in between."""
+        is_done = False
+        while not is_done:  # another worker may insert or delete it in between
+            is_done = self._update(key, data, None) or self.insert(key, data)
 
     def insert(self, key: str, data: bytes) -> bool:
         row = {"id": _id_of(key), "account": _escaped(key), "document": data}
@@ -245,8 +261,9 @@ class _SQLLogins:
         row = {"document": data, "expires_at": expires_at}
         insert = sa.insert(self._table).values(id=_id_of(state), **row)
         update = sa.update(self._table).values(**row).where(self._table.c.id == _id_of(state))
-        while not (_insert(self._database, insert) or _is_done(self._database, update)):
-            """Another worker has taken it in between."""
+        is_done = False
+        while not is_done:  # another worker may take it in between
+            is_done = _insert(self._database, insert) or _is_done(self._database, update)
 
     def delete(self, state: str, expected: bytes) -> bool:
         columns = self._table.c
@@ -303,7 +320,11 @@ def _missing(connection: sa.Connection, metadata: sa.MetaData) -> list[str]:
     return [name for name in metadata.tables if not inspector.has_table(name)]
 
 
-def _gave_way(error: SQLAlchemyError) -> bool:
+def _is_lost(error: SQLAlchemyError) -> bool:
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def _has_given_way(error: SQLAlchemyError) -> bool:
     cause = getattr(error, "orig", None)
     codes = {getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None), *(getattr(cause, "args", ())[:1])}
     return not codes.isdisjoint(_GAVE_WAY)
@@ -322,33 +343,27 @@ def _failure(error: SQLAlchemyError) -> StoreError:
 # Engines
 
 
-def _engine_of(url: str | sa.URL) -> tuple[sa.Engine, dict[str, Any]]:
-    """The engine that a URL names, and what it says to the store.
+def _url_of(url: str | sa.URL) -> tuple[sa.URL, dict[str, Any]]:
+    """What SQLAlchemy makes of a URL, and what it says to the store.
 
     :raises StoreError: it cannot be understood. The message does not hold it.
     """
     try:
         parsed = sa.make_url(url)
-        parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
-        options = {name: parsed.query[name] for name in ("prefix", "create_tables") if name in parsed.query}
-        parsed = parsed.difference_update_query(options)
-        defaults = _DEFAULTS.get(parsed.get_driver_name(), {})
-        arguments = {name: value for name, value in defaults.items() if name not in parsed.query}
-        return _engine(parsed, connect_args=arguments), options
-    except ModuleNotFoundError as error:
-        raise StoreError(
-            f"the driver of the database is missing ({error.name}): pip install 'atproto-session[sql]'"
-        ) from error
-    except (ArgumentError, NoSuchModuleError, ValueError, TypeError) as error:
-        # Not chained: the message may show any part of the URL, its password among them.
-        raise StoreError(
-            "the URL of a store in a database is postgresql://user:password@host/database or mysql://...; this one "
-            f"cannot be understood ({type(error).__name__})"
-        ) from None
+    except (ArgumentError, ValueError) as error:
+        raise _not_understood(error) from None
+    parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    options = {name: parsed.query[name] for name in ("prefix", "create_tables") if name in parsed.query}
+    return parsed.difference_update_query(options), options
 
 
-def _engine_like(engine: sa.Engine) -> sa.Engine:
-    """An engine that connects as ``engine`` does, and has a pool of its own."""
+def _arguments_for(url: sa.URL) -> dict[str, Any]:
+    defaults = _DEFAULTS.get(url.drivername.partition("+")[2], {})
+    return {name: value for name, value in defaults.items() if name not in url.query}
+
+
+def _creator_of(engine: sa.Engine) -> Callable[[], Any]:
+    """What connects as ``engine`` does, without taking a place in its pool."""
     source = engine.pool.recreate()
 
     def connect() -> Any:
@@ -356,24 +371,29 @@ def _engine_like(engine: sa.Engine) -> sa.Engine:
         connection.detach()
         return connection.dbapi_connection
 
-    return _engine(engine.url, creator=connect)
+    return connect
 
 
 def _engine(url: sa.URL, **options: Any) -> sa.Engine:
-    dialect = url.get_dialect()
-    if dialect.name not in ("postgresql", "mysql", "mariadb") or dialect.is_async:
+    try:
+        dialect = url.get_dialect()
+        if dialect.name not in ("postgresql", "mysql", "mariadb") or dialect.is_async:
+            raise StoreError(
+                f"sessions can be kept in PostgreSQL, MySQL and MariaDB, by a driver that is not asynchronous, not by "
+                f"{printable(url.drivername, 40)}; SQLiteStore keeps them in an SQLite file"
+            )
+        return sa.create_engine(url, **options)
+    except ModuleNotFoundError as error:
         raise StoreError(
-            f"sessions can be kept in PostgreSQL, MySQL and MariaDB, by a driver that is not asynchronous, not by "
-            f"{printable(url.drivername, 40)}; SQLiteStore keeps them in an SQLite file"
-        )
-    # Each statement is a transaction, so there is nothing to reset. A pool without a bound makes nobody wait for a
-    # connection; each is used for one statement.
-    return sa.create_engine(
-        url,
-        isolation_level="AUTOCOMMIT",
-        max_overflow=-1,
-        pool_reset_on_return=None,
-        hide_parameters=True,
-        skip_autocommit_rollback=True,
-        **options,
+            f"the driver of the database is missing ({error.name}): pip install 'atproto-session[sql]'"
+        ) from error
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise _not_understood(error) from None
+
+
+def _not_understood(error: Exception) -> StoreError:
+    # Not to be chained: the message may show any part of the URL, its password among them.
+    return StoreError(
+        "the URL of a store in a database is postgresql://user:password@host/database or mysql://...; this one cannot "
+        f"be understood ({type(error).__name__})"
     )
