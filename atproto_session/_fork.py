@@ -210,6 +210,11 @@ def _end_at_exit() -> None:
         pool.close_idle()
 
 
+def end_now() -> None:
+    """What happens at the end of the interpreter, in a process that ends without it (``os._exit``)."""
+    _end_at_exit()
+
+
 # The moment the main thread has ended, before the interpreter waits for threads. Where CPython does not offer that (it
 # is made for concurrent.futures), what is not committed ends a little later.
 if hasattr(threading, "_register_atexit"):

@@ -17,6 +17,7 @@ from ._login import LoginFlow
 from ._records import log
 from ._signer import Refusals, Signer
 from ._terms import Times
+from ._threads import check_not_patched_late
 from ._upkeep import IDLE, PACE, Account, CleanResult, KeepAliveResult, Upkeep
 from ._warm import warm_up
 from .discovery import Discovery
@@ -81,6 +82,7 @@ class OAuthClient:
     :param retries: which requests of an :class:`.OAuthSession` are sent again after a failure, and when; by default
         none. Nothing that spends or asks for tokens is.
     :raises ClientMetadataError: the metadata and the keyset do not fit together.
+    :raises SessionError: gevent was told to patch the standard library after this package was imported.
     :raises StoreError: the store cannot be used.
     :raises TypeError: ``retries`` is neither a ``Retry`` nor a number.
     :raises ValueError: ``on_interrupted`` is neither of the two, or an entry of ``trusted_hosts`` is none of the three.
@@ -108,6 +110,7 @@ class OAuthClient:
         trusted_hosts: Iterable[str] = (),
         retries: Retry | int | None = None,
     ) -> None:
+        check_not_patched_late()
         warm_up()
         metadata.check_with_keyset(keyset)
         if encryption_keys and not isinstance(store, str):
@@ -344,7 +347,7 @@ class OAuthClient:
         :returns: a result for each session that was due and came to its turn, or cannot be read.
         :raises StoreError: the store cannot be walked; or, at the end, it has records whose key cannot be told.
         :raises TypeError: ``idle``, ``pace`` or ``timeout`` is not a number.
-        :raises ValueError: it is less than 0.
+        :raises ValueError: it is less than 0, or infinite.
         """
         return self._upkeep.keep_alive(idle=idle, pace=pace, timeout=timeout, cancel=cancel, on_result=on_result)
 
