@@ -74,8 +74,8 @@ def to_login(request: HttpRequest) -> HttpResponse:
     if wants_json(request):
         said = {"error": "login_required", "message": "Please log in.", "login": reverse("atproto:login")}
         return JsonResponse(said, status=401)
-    query = f"?{urlencode({'next': request.get_full_path()})}" if request.method in ("GET", "HEAD") else ""
-    return HttpResponseRedirect(reverse("atproto:login") + query, status=302 if query else 303)
+    query = f"?{urlencode({'next': request.get_full_path()}, safe='/')}" if request.method in ("GET", "HEAD") else ""
+    return HttpResponseRedirect(reverse("atproto:login") + query)
 
 
 def answer(request: HttpRequest, problem: _web.Problem) -> HttpResponse:

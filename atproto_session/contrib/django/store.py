@@ -170,12 +170,17 @@ class DjangoLocks:
             return self._threads
         vendor = self._connections.vendor
         if vendor != "sqlite":
-            # By the database, since the locks of MySQL are those of the whole server.
-            scope = f"{self._connections.name()}.{self._table}"
-            return self._made.get(scope) or self._made.setdefault(scope, SQLLocks(self._connect, vendor, scope=scope))
+            name = self._connections.name()
+            return self._made.get(name) or self._made.setdefault(name, self._in_database(vendor))
         if file := self._connections.file():
             return self._made.get(file) or self._made.setdefault(file, FileLocks(f"{file}.locks"))
         return self._threads
+
+    def _in_database(self, vendor: str) -> Locks:
+        # Locks of MySQL are those of the whole server, and those of PostgreSQL of a database with several schemas.
+        sql = "SELECT current_schema()" if vendor == "postgresql" else "SELECT database()"
+        ((schema,),) = self._connections.fetch(sql)
+        return SQLLocks(self._connect, vendor, scope=f"{schema}.{self._table}")
 
     def _connect(self) -> BaseDatabaseWrapper:
         connection = self._connections.open()

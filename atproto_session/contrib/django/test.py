@@ -60,7 +60,7 @@ def log_in(
     """
     page = reverse("atproto:link" if link else "atproto:login")
     begun = client.post(page, {"account": account.handle, "next": next}, SERVER_NAME=_HOST)
-    if begun.status_code != 303:
+    if begun.status_code != 302:
         raise AssertionError(f"the log-in did not begin: {begun.status_code} {begun.content[:500]!r}")
     back = urlsplit(network.authorize(begun["Location"], account, approve=approve))
     return client.get(f"{back.path}?{back.query}", SERVER_NAME=_HOST)

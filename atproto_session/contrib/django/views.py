@@ -24,7 +24,7 @@ from django.views.decorators.csrf import csrf_protect
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from ...client import CallbackResult
-from ...errors import SessionError
+from ...errors import ClientMetadataError, SessionError
 from .. import _web
 from .accounts import BrowserAccounts
 from .backends import note_login
@@ -60,11 +60,16 @@ def link(request: HttpRequest) -> HttpResponse:
 
 def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpResponse:
     settings = get_settings()
-    here = _origin_of(request)
-    if (elsewhere := settings.origin_for_login(here)) is not None:
+    here, target = _origin_of(request), _safe_next(request)
+    try:
+        elsewhere = settings.origin_for_login(here)
+    except ClientMetadataError:
+        if request.method == "POST":
+            raise
+        elsewhere = None  # to look at the form does no harm
+    if elsewhere is not None:
         # Where the cookies of this page are those of the callback, too.
-        return _see_other(f"{elsewhere}{request.get_full_path()}")
-    target = _safe_next(request)
+        return HttpResponseRedirect(f"{elsewhere}{request.get_full_path()}")
     if request.method != "POST":
         return _form(request, target=target, link=link)
     try:
@@ -73,7 +78,7 @@ def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpRespons
         )
     except SessionError as error:
         return _form(request, target=target, link=link, problem=_problem_of(error))
-    response = _see_other(begun.url)
+    response = HttpResponseRedirect(begun.url)
     response.set_cookie(
         begun.ticket.name,
         begun.ticket.secret,
@@ -126,7 +131,7 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     logged_in.send(
         sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
     )
-    return _see_other(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
+    return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
 
 
 def _log_in(request: HttpRequest, result: CallbackResult) -> tuple[Any, str]:
@@ -162,7 +167,7 @@ def logout_view(request: HttpRequest) -> HttpResponse:
     """End what this browser has: its sessions of accounts, and the user's own. Other browsers keep theirs."""
     target = _safe_next(request)
     logout(request)  # see apps.py for the sessions of the accounts
-    return _see_other(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
+    return HttpResponseRedirect(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
 
 
 @transaction.non_atomic_requests
@@ -198,22 +203,27 @@ def unlink(request: HttpRequest) -> HttpResponse:
         return answer(request, _web.Problem(HTTPStatus.CONFLICT, "last_account", said))
     request.atproto.remove(account.did)  # type: ignore[attr-defined]
     account.delete()  # see apps.py for its sessions
-    return _see_other(_safe_next(request) or reverse("atproto:accounts"))
+    return HttpResponseRedirect(_safe_next(request) or reverse("atproto:accounts"))
 
 
 @require_GET
 def metadata(request: HttpRequest) -> HttpResponse:
     """The client metadata document, which authorization servers fetch."""
-    return JsonResponse(get_settings().metadata_document())
+    return _document(get_settings().metadata_document())
 
 
 @require_GET
 def jwks(request: HttpRequest) -> HttpResponse:
     """The public keys of the client."""
-    return JsonResponse(get_settings().jwks())
+    return _document(get_settings().jwks())
 
 
 # What the views share
+
+
+def _document(document: dict[str, Any]) -> HttpResponse:
+    """What authorization servers fetch. It needs no store, no session and no request."""
+    return JsonResponse(document, headers={"Cache-Control": "public, max-age=60"})
 
 
 def _form(request: HttpRequest, *, target: str | None, link: bool, problem: _web.Problem | None = None) -> HttpResponse:
@@ -237,10 +247,6 @@ def _problem_of(error: SessionError) -> _web.Problem:
         raise error
     log.warning("a log-in was answered with %d: %s", problem.status, error)
     return problem
-
-
-def _see_other(url: str) -> HttpResponse:
-    return HttpResponseRedirect(url, status=HTTPStatus.SEE_OTHER)
 
 
 def _origin_of(request: HttpRequest) -> str:

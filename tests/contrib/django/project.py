@@ -18,13 +18,19 @@ def set_up() -> None:
     """Make Django ready, once for each process."""
     if str(EXAMPLE) not in sys.path:
         sys.path.insert(0, str(EXAMPLE))
-    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.contrib.django.settings"
+    import django
     import pymysql
 
     pymysql.install_as_MySQLdb()
-    import django
-
-    django.setup()
+    # Not for the programs that other tests start.
+    before = os.environ.get("DJANGO_SETTINGS_MODULE")
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.contrib.django.settings"
+    try:
+        django.setup()
+    finally:
+        del os.environ["DJANGO_SETTINGS_MODULE"]
+        if before is not None:
+            os.environ["DJANGO_SETTINGS_MODULE"] = before
 
 
 def database_of(url: str, **more: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
-AUTHENTICATION_BACKENDS = ["django.contrib.auth.backends.ModelBackend"]
 ROOT_URLCONF = "mysite.urls"
 TEMPLATES = [
     {
@@ -51,13 +50,16 @@ STATIC_URL = "static/"
 # ---
 INSTALLED_APPS += ["atproto_session.contrib.django"]
 MIDDLEWARE += ["atproto_session.contrib.django.middleware.ATProtoMiddleware"]
-AUTHENTICATION_BACKENDS += ["atproto_session.contrib.django.backends.ATProtoBackend"]
+AUTHENTICATION_BACKENDS = [
+    "django.contrib.auth.backends.ModelBackend",
+    "atproto_session.contrib.django.backends.ATProtoBackend",
+]
 LOGIN_URL, LOGIN_REDIRECT_URL = "atproto:login", "home"
-ATPROTO_SESSION = {
-    "NAME": "My site",
-    "SCOPE": "atproto transition:generic",
-    "PUBLIC_URL": os.environ.get("PUBLIC_URL"),
-    "KEYS": os.environ.get("ATPROTO_KEYS"),
-    "ENCRYPTION_KEYS": os.environ.get("ATPROTO_ENCRYPTION_KEYS"),
-}
+ATPROTO_SESSION = {"NAME": "My site", "SCOPE": "atproto transition:generic"}
 # ---
+if "PUBLIC_URL" in os.environ:  # in production
+    ATPROTO_SESSION |= {
+        "PUBLIC_URL": os.environ["PUBLIC_URL"],
+        "KEYS": os.environ.get("ATPROTO_KEYS"),
+        "ENCRYPTION_KEYS": os.environ.get("ATPROTO_ENCRYPTION_KEYS"),
+    }

@@ -6,8 +6,8 @@ from django.urls import include, path
 from . import views
 
 urlpatterns = [
+    path("admin/", admin.site.urls),
     path("", views.home, name="home"),
     path("post", views.post, name="post"),
-    path("admin/", admin.site.urls),
     path("atproto/", include("atproto_session.contrib.django.urls")),
 ]

@@ -7,8 +7,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from atproto_session import SessionError
 from atproto_session.contrib.django.conf import get_client
+from atproto_session.errors import SessionError
 
 
 class Command(BaseCommand):

@@ -6,8 +6,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from atproto_session import SessionError
 from atproto_session.contrib.django.conf import get_store
+from atproto_session.errors import SessionError
 from atproto_session.stores import rotate_encryption
 
 
