@@ -62,9 +62,9 @@ class Connections:
     """
 
     def __init__(self, alias: str) -> None:
+        self._idle: list[tuple[BaseDatabaseWrapper, float]] = []
         self.alias = alias
         self._turns = Turns(patience=_PATIENCE)
-        self._idle: list[tuple[BaseDatabaseWrapper, float]] = []
         # Weak: what was lost to an exception is in use no more.
         self._lent: weakref.WeakSet[BaseDatabaseWrapper] = weakref.WeakSet()
         self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
@@ -73,6 +73,9 @@ class Connections:
         self._files: dict[str, str] = {}
         pause_at_fork(self)
         close_at_end(self)
+
+    def __del__(self) -> None:
+        self.close_idle()  # nobody else would
 
     # What the store does
 
