@@ -231,6 +231,7 @@ def _form(request: HttpRequest, *, target: str | None, link: bool, problem: _web
         return answer(request, problem)
     context = {
         "link": link,
+        "action": reverse("atproto:link" if link else "atproto:login"),
         "next": target or "",
         "problem": problem,
         "account": request.POST.get("account") or request.GET.get("account") or "",

@@ -8,7 +8,7 @@ import time
 import unittest
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -23,10 +23,15 @@ from atproto_session.testing.contracts._common import DID, SOON, make_session
 from atproto_session.testing.network import LocalNetwork
 
 from ...core import RESTLESS
-from ...processes import in_child
+from ...processes import Program, in_child
 from . import project
 
 SERVERS = ["postgresql", "mysql"]
+#: The connections of a test, all but the one that asks.
+MINE = {
+    "postgresql": "application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
+    "mysql": "db = database() AND id <> connection_id()",
+}
 
 
 @pytest.fixture
@@ -38,12 +43,8 @@ def store(own_database: dict[str, Any]) -> Iterator[DjangoStore]:
 
 def counted(store: DjangoStore) -> int:
     """The connections that the server has from here."""
-    if store.connections.vendor == "postgresql":
-        mine = "application_name = current_setting('application_name') AND pid <> pg_backend_pid()"
-        sql = f"SELECT count(*) FROM pg_stat_activity WHERE {mine}"
-    else:
-        mine = "db = database() AND id <> connection_id()"
-        sql = f"SELECT count(*) FROM information_schema.processlist WHERE {mine}"
+    table = {"postgresql": "pg_stat_activity", "mysql": "information_schema.processlist"}[store.connections.vendor]
+    sql = f"SELECT count(*) FROM {table} WHERE {MINE[store.connections.vendor]}"
     with connections[project.OWN].cursor() as cursor:
         cursor.execute(sql)
         return int(cursor.fetchone()[0])
@@ -337,3 +338,64 @@ def test_in_a_test_case_the_connection_is_the_test_s(own_database: dict[str, Any
     assert (result.testsRun, result.errors, result.failures) == (1, [], [])
     assert store.get(DID) is None, "what a test stores is rolled back"
     assert store.connections._test is None
+
+
+# Processes
+
+
+@pytest.mark.parametrize("own_database", ["sqlite", "postgresql"], indirect=True)
+def test_of_a_herd_of_processes_one_refreshes(own_database: dict[str, Any], network: LocalNetwork) -> None:
+    store = project.open_django_store(own_database)
+    with client_of(store, network) as (_, did), ExitStack() as clean_up:
+        herd = [clean_up.enter_context(Program("programs.django_worker", is_measured=False)) for _ in range(3)]
+        for program in herd:
+            program.say({"database": own_database, "did": did, "options": network.client_options()})
+        assert [program.hear() for program in herd] == [{"ready": True}] * 3
+        for lap in range(1, 4):
+            network.expire_access_tokens(did)
+            for program in herd:
+                program.say({"do": "request", "threads": 4})
+            answers = [program.hear() for program in herd]
+            assert [answer["errors"] for answer in answers] == [[], [], []]
+            assert (network.rotations, network.replays) == (lap, 0)
+    store.close()
+
+
+def end_all(store: DjangoStore) -> None:
+    """The server ends all connections but the one of this thread, as when it restarts."""
+    with connections[project.OWN].cursor() as cursor:
+        if store.connections.vendor == "postgresql":
+            cursor.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {MINE['postgresql']}")
+        else:
+            cursor.execute(f"SELECT id FROM information_schema.processlist WHERE {MINE['mysql']}")
+            for (number,) in cursor.fetchall():
+                cursor.execute(f"KILL {number}")
+
+
+@pytest.mark.parametrize("own_database", SERVERS, indirect=True)
+def test_a_lock_whose_connection_ends_does_no_harm(
+    store: DjangoStore, network: LocalNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a refresh, the server ends all connections. Another worker gets the lock, and finds in the
+    record that a refresh is under way."""
+    monkeypatch.setattr(_connections, "_SURE_WITHIN", 0.0)
+    with client_of(store, network) as (client, did), ExitStack() as clean_up:
+        elsewhere = DjangoStore(project.OWN)
+        clean_up.callback(elsewhere.close)
+        other = clean_up.enter_context(
+            OAuthClient(client.metadata, store=elsewhere, times=RESTLESS, **network.client_options())
+        )
+        held = network.fault("token", "hold")
+        threads = clean_up.enter_context(ThreadPoolExecutor(2))
+        clean_up.callback(held.disarm)
+        first = threads.submit(client.restore, did, True)
+        while (session := store.get(did)) is None or session.attempt is None or not held.arrived.is_set():
+            time.sleep(0.01)
+        end_all(store)
+        with elsewhere.locks.hold(did, timeout=SOON):
+            pass  # the lock is free
+        second = threads.submit(other.restore, did, True)
+        held.disarm()
+        assert first.result(SOON).token_info().sub == second.result(SOON).token_info().sub == did
+        assert (network.rotations, network.replays) == (1, 0)
+        assert client.restore(did).get("/xrpc/com.atproto.server.getSession").ok
