@@ -42,7 +42,7 @@ from .command_line import Process, browse, variables
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+EXAMPLES = sorted((DOCS / "examples").rglob("[!_]*.py"))
 DOCUMENTS = [*(ROOT / f"{name}.rst" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted(DOCS.glob("*.rst"))]
 
 CODE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)

@@ -31,8 +31,8 @@ FLOORS = [
     ["server", "oauth_session", "_warm"],
     ["_login"],
     ["client"],
-    ["testing", "contrib"],
-    ["demo"],
+    ["testing"],
+    ["demo", "contrib"],
     ["_commands"],
     ["cli"],
     ["__main__"],
@@ -124,6 +124,10 @@ def where_tested(module: Path) -> Path:
     *rooms, name = module.with_suffix("").parts
     if rooms[:1] == ["testing"]:
         rooms = rooms[1:]
+    if rooms[:2] == ["contrib", "django"]:
+        own = TESTS / "contrib" / "django" / f"test_{name.lstrip('_')}.py"
+        # What has no tests of its own is tested through the pages, or where its room is.
+        return own if own.exists() else own.with_name(f"test_{rooms[-1] if rooms[2:] else 'views'}.py")
     if rooms and rooms[0] in TESTED_AS_ONE and not (TESTS / f"test_{name}.py").exists():
         name = rooms[0]
     return TESTS.joinpath(*(room for room in rooms if room not in TESTED_AS_ONE), f"test_{name.lstrip('_')}.py")

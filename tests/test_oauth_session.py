@@ -508,6 +508,8 @@ def test_a_client_that_does_not_trust_the_environment(monkeypatch: pytest.Monkey
             monkeypatch.setenv("ALL_PROXY", "http://late.example.com")
             assert session.merge_environment_settings(PDS, {}, None, None, None)["proxies"] == found
             monkeypatch.delenv("ALL_PROXY")
+
+
 @pytest.mark.parametrize(("wrong", "problem"), [("5", TypeError), (True, TypeError), (-1, ValueError)])
 def test_a_total_timeout_is_a_number_of_seconds(wrong: Any, problem: type[Exception], session: OAuthSession) -> None:
     session.total_timeout = wrong
