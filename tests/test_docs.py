@@ -37,8 +37,8 @@ from atproto_session.session import to_document
 from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .scenes import GET_SESSION
 from .command_line import Process, browse, variables
+from .scenes import GET_SESSION
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
