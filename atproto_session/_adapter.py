@@ -34,6 +34,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import Timeout
 
+from . import _steps as steps
 from ._fork import Turns, reset_in_child
 from ._threads import Promise, spawn
 from ._tls import Contexts, SharedContext
@@ -48,6 +49,8 @@ LOOKUP_THREAD = "atproto_session lookup"
 _QUIET = 0.5
 #: How long an answer that had begun to arrive when its time was over may go on, in seconds.
 _LATE = 2.0
+#: The longest that the system is told to deliver a request within, in seconds.
+_LONGEST = 600.0
 _PIECE = 16 * 1024
 
 #: A child that is forked in the middle of another thread's getaddrinfo may stop for ever in its own (glibc's locks are
@@ -91,6 +94,10 @@ class Network:
 
 class Refused(OSError):
     """An address or an answer broke a rule of this library; trying again will not help."""
+
+
+class TooLate(TimeoutError):
+    """A request was ready to leave when it must not any more."""
 
 
 class Bounds(Timeout):
@@ -387,9 +394,24 @@ class _Connection(HTTPConnection):
             self.connect()
         if bounds.deadline is not None:
             self.timeout = _time_left(bounds.deadline)
+        self._check_may_arrive()
         bounds.begin(reused=self._is_used)
         self._is_used = True
         super().request(*args, **options)
+
+    def _check_may_arrive(self) -> None:
+        """
+        :raises TooLate: the request must not leave any more.
+        """
+        may_arrive_for = steps.may_arrive_for.get()
+        if may_arrive_for is None:
+            return
+        if (left := may_arrive_for()) <= 0:
+            self.close()
+            raise TooLate("it was too late to send it")
+        # Nor must the system deliver it later, when a network that is dead by now is back.
+        if self.sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(min(left, _LONGEST) * 1000)))
 
 
 def _is_address(host: str) -> bool:

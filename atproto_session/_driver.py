@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ from ._threads import Promise
 from ._worker import life_of, this_worker
 from .errors import SessionError, StoreError, TransportError, printable
 from .locks import Hold, Locks
-from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent
+from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 from .stores import FullStore
 
 T = TypeVar("T")
@@ -108,6 +109,7 @@ class _Driver:
         self._hold: Hold | None = None
         self._answer: Promise[Session] = Promise()
         self._is_sent = False
+        self._answer_by = float("inf")  # as the attempt in the record says
 
     def do(self, step: steps.Step) -> Any:  # noqa: PLR0911, PLR0912 - a case for each step
         world = self._world
@@ -115,7 +117,7 @@ class _Driver:
             case steps.Read():
                 return world.store.get(self._key)
             case steps.Replace(session, expected):
-                return world.store.replace(self._key, session, expected)
+                return self._replace(session, expected)
             case steps.Overwrite(session):
                 return world.store.delete(self._key) if session is None else world.store.set(self._key, session)
             case steps.Lock(waits):
@@ -180,11 +182,24 @@ class _Driver:
         except Exception as error:  # noqa: BLE001 - no reason to lose what was done under it
             log.warning("the lock of %s was not released: %s", printable(self._key), type(error).__name__)
 
+    def _replace(self, session: Session | None, expected: Session | TokenSet | None) -> bool:
+        is_done = self._world.store.replace(self._key, session, expected)
+        if is_done and session is not None and session.attempt is not None:
+            self._answer_by = session.attempt.answer_by
+        return is_done
+
     def _send(self, request: Callable[[], Session]) -> Session | None:
         self._is_sent = True
+
+        def send() -> Session:
+            # To look a name up and to connect takes time, and the process may stand still: what has not left when the
+            # window of its attempt is over is not sent any more, since another worker may be sending by then.
+            steps.may_arrive_for.set(lambda: self._answer_by - self._world.clock())
+            return request()
+
         try:
             # In a thread of its own, so that this one can tell the others meanwhile that it lives.
-            self._answer = self._flight.spawn(request)
+            self._answer = self._flight.spawn(partial(Context().run, send))
         except RuntimeError as error:
             raise TransportError("no thread can be started for the request; nothing was sent") from error
         return self._await()

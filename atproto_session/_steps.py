@@ -10,6 +10,7 @@ After each step stands what it brings.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +27,10 @@ Request = Callable[[Session], Session]
 class Step:
     """One access to what workers share, or to time."""
 
+
+#: Asked as the last thing before a request leaves, in the thread that sends it: for how many seconds from now it may
+#: arrive. Not set for a request that may always.
+may_arrive_for: ContextVar[Callable[[], float] | None] = ContextVar("atproto_session_may_arrive_for", default=None)
 
 #: A protocol that ends with a ``T``.
 Protocol = Generator[Step, Any, T]

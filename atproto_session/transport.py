@@ -24,7 +24,7 @@ from urllib.parse import urljoin
 import requests
 from urllib3.exceptions import HTTPError, InvalidHeader
 
-from ._adapter import Bounds, HardenedAdapter, Network, Refused
+from ._adapter import Bounds, HardenedAdapter, Network, Refused, TooLate
 from ._bodies import find_answer, undo_coding
 from ._environment import Environment
 from ._tls import Contexts
@@ -400,6 +400,7 @@ def _transport_error(error: BaseException, url: str, *, sent: bool) -> Transport
 
 
 _REASONS: list[tuple[type[BaseException], str]] = [
+    (TooLate, "it was too late to send the request"),
     (TimeoutError, "timed out"),
     (socket.gaierror, "the name does not resolve"),
     (ConnectionRefusedError, "connection refused"),

@@ -21,6 +21,7 @@ import requests
 import trustme
 
 from atproto_session import _adapter
+from atproto_session import _steps as steps
 from atproto_session._adapter import Bounds, HardenedAdapter, Network, _Idle
 from atproto_session._urls import TrustedHosts
 from atproto_session.errors import TransportError
@@ -254,6 +255,51 @@ def test_a_request_that_may_have_been_seen_is_not_tried_again() -> None:
         Transport(allow_http=True).request("GET", f"http://localhost:{server.port}/")
     assert caught.value.sent
     assert server.accepted == 1
+
+
+def test_a_request_whose_time_is_over_when_it_is_ready_does_not_leave() -> None:
+    """To look a name up and to connect may take long, and the process may stand still."""
+    seen: list[bytes] = []
+    with (
+        ScriptedServer(lambda connection: seen.append(connection.recv(1))) as server,
+        may_arrive_for(0.0),
+        pytest.raises(TransportError, match="too late to send the request") as caught,
+    ):
+        Transport(allow_http=True).request("POST", f"http://localhost:{server.port}/", data={})
+    assert not caught.value.sent
+    assert caught.value.retryable
+    assert server.accepted == 1
+    assert seen == [b""]
+
+
+def test_the_system_delivers_no_request_whose_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the network was dead for some time and is back."""
+    set_option = socket.socket.setsockopt
+    options: list[tuple[object, ...]] = []
+
+    def note(sock: socket.socket, *arguments: Any) -> None:
+        options.append(arguments)
+        set_option(sock, *arguments)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", note)
+    with ScriptedServer(kept_alive) as server:
+        for seconds in (12.5, float("inf"), 0.0001):
+            with may_arrive_for(seconds):
+                assert Transport(allow_http=True).request("GET", f"http://localhost:{server.port}/").status == 200
+        times = [value for _, option, value in options if option == socket.TCP_USER_TIMEOUT]
+        assert times == [12_500, 600_000, 1]
+        monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")  # as on other systems than Linux
+        with may_arrive_for(1.0):
+            assert Transport(allow_http=True).request("GET", f"http://localhost:{server.port}/").status == 200
+
+
+@contextlib.contextmanager
+def may_arrive_for(seconds: float) -> Iterator[None]:
+    token = steps.may_arrive_for.set(lambda: seconds)
+    try:
+        yield
+    finally:
+        steps.may_arrive_for.reset(token)
 
 
 def test_a_second_try_takes_no_more_time_than_there_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from atproto_session import _steps as steps
 from atproto_session._driver import World, _Driver, drive
 from atproto_session._flights import Flight
 from atproto_session.locks import ThreadLocks
+from atproto_session.session import Attempt
 
 from .core import DID, FakeAuthority, Gate, make_session, wait_until
 
@@ -75,6 +77,29 @@ def test_an_answer_that_is_not_there_yet_can_be_awaited() -> None:
     assert driver.do(steps.Await()) is None
     gate.open()
     wait_until(lambda: driver.do(steps.Await()) is successor)
+
+
+def test_a_request_knows_until_when_it_may_arrive() -> None:
+    """Until the end of the window of its attempt, as it is in the record by then."""
+    told: list[float] = []
+
+    def request(session: Session) -> Session:
+        may_arrive_for = steps.may_arrive_for.get()
+        assert may_arrive_for is not None
+        told.append(may_arrive_for())
+        return session
+
+    now = 100.0
+    driver = _Driver(Flight(DID, lambda flight: None), world(clock=lambda: now))
+    for answer_by in (115.0, 120.0):
+        attempt = Attempt("a", "host:1", now, answer_by)
+        assert driver.do(steps.Replace(make_session(attempt=attempt), driver.do(steps.Read())))
+        driver.do(steps.Send(request, make_session()))
+        now += 1.0
+    driver.do(steps.Replace(make_session(attempt=replace(attempt, answer_by=500.0)), make_session(7)))
+    driver.do(steps.Send(request, make_session()))
+    assert told == [15.0, 19.0, 18.0], "what was not written counts for nothing"
+    assert steps.may_arrive_for.get() is None
 
 
 def test_locks_that_say_what_is_wrong_are_believed() -> None:

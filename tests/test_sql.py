@@ -414,7 +414,7 @@ def test_others_that_write_in_between_keep_nothing_from_being_written(
     [
         ("postgresql+nothing://user:hunter2@host/db", "cannot be understood"),
         ("postgresql://user:hunter2@host:hunter2/db", "cannot be understood"),
-        ("mysql://user:hunter2@127.0.0.1:1/db", "cannot be used"),
+        ("MySQL://user:hunter2@127.0.0.1:1/db", "cannot be used"),
         ("postgres://user:hunter2@127.0.0.1:1/db?password=hunter2", "cannot be used"),
         ("postgresql://user:hunter2@127.0.0.1:1/db?nonsense=hunter2", "cannot be used"),
         ("mariadb://user:hunter2@127.0.0.1:1/db?nonsense=hunter2", "option that the driver does not know"),

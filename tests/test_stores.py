@@ -455,9 +455,11 @@ def test_open_store_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "a b%20#?.db").is_file()
 
 
-@pytest.mark.parametrize("url", ["ftp://user:hunter2@host", "nothing\n:x", "redis://:hunter2@host"])
+@pytest.mark.parametrize("url", ["ftp://user:hunter2@host", "nothing\n:x", "etcd://:hunter2@host"])
 def test_an_unknown_scheme_lists_the_known_ones_and_no_password(url: str) -> None:
-    with pytest.raises(StoreError, match=r"known are memory:, json:///directory and sqlite:///file.db") as caught:
+    with pytest.raises(
+        StoreError, match=r"known are memory:, json:///directory, sqlite:///file.db, redis://, postg"
+    ) as caught:
         open_store(url)
     assert "hunter2" not in str(caught.value)
     assert str(caught.value).isprintable()

@@ -352,7 +352,8 @@ def _url_of(url: str | sa.URL) -> tuple[sa.URL, dict[str, Any]]:
         parsed = sa.make_url(url)
     except (ArgumentError, ValueError) as error:
         raise _not_understood(error) from None
-    parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    driver = parsed.drivername.lower()
+    parsed = parsed.set(drivername=_DRIVERS.get(driver, driver))
     options = {name: parsed.query[name] for name in ("prefix", "create_tables") if name in parsed.query}
     return parsed.difference_update_query(options), options
 
