@@ -79,6 +79,12 @@ def handle_of(did: str, session_id: str | None = None) -> tuple[str, int]:
     return client.restore(did, session_id=session_id).get(GET_SESSION).json()["handle"], os.getpid()
 
 
+@app.task(soft_time_limit=1)
+def refresh_in_a_hurry(did: str) -> None:
+    """Refresh, and have a second for that."""
+    client.restore(did, refresh=True)
+
+
 @app.task
 def leave_behind(did: str) -> str:
     """Begin a refresh, and do not wait for it."""
