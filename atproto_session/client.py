@@ -267,15 +267,20 @@ class OAuthClient:
         def work(flight: Flight[CallbackResult]) -> CallbackResult:
             session, login = self._logins.end(params, bound_to, flight)
             key = _key_of(session.token_set.sub, session_id)
-            self.sessions.set_stored(key, session)
-            return CallbackResult(self._open(key, session), login.state, login.handle)
+            result = CallbackResult(self._open(key, session), login.state, login.handle)
+            # From there on a server that is slow to end the session before keeps nobody from this one.
+            self.sessions.set_stored(key, session, stored=lambda: flight.hand_out(result))
+            return result
 
         return self._within(timeout, "the log-in", work)
 
     def _within(self, timeout: float | None, what: str, work: Callable[[Flight[T]], T]) -> T:
         """What ``work`` returns, if it does so in time; afterwards it goes on alone."""
         deadline = time.monotonic() + seconds(timeout, self._timeout)
-        return self._flights.charter(what, work).wait(deadline)
+        flight = self._flights.charter(what, work)
+        result = flight.wait(deadline)
+        flight.over.wait(deadline - time.monotonic())  # and no longer for what follows at the server
+        return result
 
     # Using and ending sessions
 
