@@ -82,9 +82,14 @@ class World:
         return True
 
 
-def drive(flight: Flight[T], protocol: steps.Protocol[T], world: World) -> T:
-    """Carry ``protocol`` out in ``flight``. Its lock is released at the end, whatever the end is."""
-    driver = _Driver(flight, world)
+def drive(
+    flight: Flight[T], protocol: steps.Protocol[T], world: World, handed_out: Callable[[], None] | None = None
+) -> T:
+    """Carry ``protocol`` out in ``flight``. Its lock is released at the end, whatever the end is.
+
+    :param handed_out: called when the protocol has what it was for, and goes on alone.
+    """
+    driver = _Driver(flight, world, handed_out)
     try:
         step = next(protocol)
         while True:
@@ -101,8 +106,9 @@ def drive(flight: Flight[T], protocol: steps.Protocol[T], world: World) -> T:
 
 
 class _Driver:
-    def __init__(self, flight: Flight[Any], world: World) -> None:
+    def __init__(self, flight: Flight[Any], world: World, handed_out: Callable[[], None] | None = None) -> None:
         self._flight = flight
+        self._handed_out = handed_out
         self._key = flight.key
         self._world = world
         self._lock = ExitStack()
@@ -144,7 +150,8 @@ class _Driver:
             case steps.Await():
                 return self._await()
             case steps.HandOut(session):
-                return self._flight.hand_out(session)
+                self._flight.hand_out(session)
+                return self._handed_out() if self._handed_out is not None else None
             case steps.Revoke(session):
                 return world.revoke(session)
             case steps.Tell(event):

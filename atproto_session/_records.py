@@ -135,6 +135,7 @@ def log_in(key: str, session: Session) -> Protocol[None]:
         raise
     yield steps.Tell(updated(key, session))
     yield steps.Unlock()
+    yield steps.HandOut(None)
     is_ours = replaced is not None and replaced.client_id in (None, session.client_id)
     if replaced is not None and is_ours and not replaced.is_same_grant(session):
         yield steps.Revoke(replaced)

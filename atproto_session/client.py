@@ -327,10 +327,17 @@ class OAuthClient:
             session, login = self._logins.end(params, secrets, flight)
             key = _key_of(session.token_set.sub, session_id)
             end_replaced = self._ends_what_is_replaced(key)
-            self.sessions.set_stored(key, session)
+            results: list[CallbackResult] = []
+
+            def stored() -> None:
+                # From here on a server that is slow to end the session before keeps nobody from this one.
+                handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)
+                results.append(CallbackResult(self._open(key, session), login.state, handle))
+                flight.hand_out(results[0])
+
+            self.sessions.set_stored(key, session, stored=stored)
             end_replaced()
-            handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)
-            return CallbackResult(self._open(key, session), login.state, handle)
+            return results[0]
 
         return self._within(timeout, "the log-in", work)
 
@@ -343,7 +350,10 @@ class OAuthClient:
     def _within(self, timeout: float | None, what: str, work: Callable[[Flight[T]], T]) -> T:
         """What ``work`` returns, if it does so in time; afterwards it goes on alone."""
         deadline = time.monotonic() + seconds(timeout, self._timeout)
-        return self._flights.charter(what, work).wait(deadline)
+        flight = self._flights.charter(what, work)
+        result = flight.wait(deadline)
+        flight.over.wait(deadline - time.monotonic())  # and no longer for what follows at the server
+        return result
 
     # Using and ending sessions
 

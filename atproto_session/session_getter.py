@@ -253,20 +253,22 @@ class SessionGetter:
         check_texts(sub=sub)
         return self._store.get(sub)
 
-    def set_stored(self, sub: str, session: Session) -> None:
+    def set_stored(self, sub: str, session: Session, *, stored: Callable[[], None] | None = None) -> None:
         """Store the session of a new log-in, in the place of what is there. A refresh under way is waited for, for half
         of the getter's timeout. A grant of this client that is replaced is ended at its server.
 
+        :param stored: called when it is stored, before the grant that it replaces is ended.
         :raises ValueError: the session is of another account.
         :raises StoreError: the session cannot be stored; it has been revoked.
         :raises LockTimeoutError: the getter's timeout is over. The session is stored as soon as the store allows it.
         """
         check_texts(sub=sub)
         check_kind("session", session, Session, "a Session")
+        check_functions(stored=stored, optional=True)
         if session.token_set.sub != subject_of(sub):
             raise ValueError(f"a session of {printable(session.token_set.sub)} cannot be stored under {printable(sub)}")
         session = replace(session, client_id=self._terms.client_id, after_lost_answer=False)
-        self._carry_out(sub, records.log_in(sub, session), None, orphan=session)
+        self._carry_out(sub, records.log_in(sub, session), None, orphan=session, handed_out=stored)
 
     def delete_stored(
         self, sub: str, cause: BaseException | None = None, *, revoke: bool = False, timeout: float | None = None
@@ -307,7 +309,15 @@ class SessionGetter:
         """End the grant of ``session``, which is not stored any more, at its server, if that can be reached."""
         self._world.revoke(session)
 
-    def _carry_out(self, sub: str, protocol: Protocol[T], timeout: float | None, *, orphan: Session | None = None) -> T:
+    def _carry_out(
+        self,
+        sub: str,
+        protocol: Protocol[T],
+        timeout: float | None,
+        *,
+        orphan: Session | None = None,
+        handed_out: Callable[[], None] | None = None,
+    ) -> T:
         """
         :param orphan: a session that there is no way to come to again, if ``protocol`` cannot be begun.
         """
@@ -316,7 +326,7 @@ class SessionGetter:
         world = replace(self._world, lock_within=timeout * self._lock_share)
         try:
             flight: Flight[T] = self._flights.charter(
-                sub, lambda flight: drive(flight, protocol, world), committed=orphan is not None
+                sub, lambda flight: drive(flight, protocol, world, handed_out), committed=orphan is not None
             )
         except SessionError as error:
             if orphan is not None:

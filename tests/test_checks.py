@@ -215,6 +215,10 @@ CALLS: dict[str, tuple[Callable[[Any], object], set[str]]] = {
     "get_stored sub": (lambda value: getter().get_stored(value), TEXTS),
     "set_stored sub": (lambda value: getter().set_stored(value, make_session()), TEXTS),
     "set_stored session": (lambda value: getter().set_stored(DID, value), set()),
+    "set_stored stored": (
+        lambda value: getter().set_stored(DID, make_session(), stored=value),
+        {"nothing", "a class"},
+    ),
     "delete_stored sub": (lambda value: getter().delete_stored(value), TEXTS),
     "delete_stored cause": (lambda value: getter().delete_stored(DID, value), {"nothing"}),
     "delete_stored revoke": (lambda value: getter().delete_stored(DID, revoke=value), {"yes"}),

@@ -132,6 +132,21 @@ def test_a_second_log_in_ends_the_grant_of_the_first(
     assert client.restore(account.did).get(GET_SESSION).status_code == 200
 
 
+def test_a_log_in_waits_for_no_end_of_another_beyond_its_bound(
+    network: LocalNetwork, client: OAuthClient, account: Account
+) -> None:
+    first = log_in(network, client, account)
+    tokens = client.sessions.get_session(first.did).token_set
+    callback = network.authorize(client.authorize(account.did), account)
+    slow = network.fault("revoke", "hold")
+    session = client.callback(callback, timeout=5.0).session
+    assert network.revocations == 0
+    assert session.get(GET_SESSION).status_code == 200
+    assert client.sessions.get_session(first.did).token_set != tokens
+    slow.release.set()
+    wait_until(lambda: network.revocations == 1)
+
+
 def test_a_refusal_without_state_or_issuer_is_told_as_what_it_is(
     network: LocalNetwork, client: OAuthClient, account: Account
 ) -> None:

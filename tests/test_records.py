@@ -33,7 +33,7 @@ def carry_out(world: World, protocol: s.Protocol[None]) -> list[str]:
 def test_a_log_in_ends_the_grant_that_it_replaces() -> None:
     old, new = make_session(client_id="me"), make_session(7, dpop_key=OTHER_KEY, client_id="me")
     world = World(old)
-    assert carry_out(world, log_in(DID, new)) == ["Lock", "Read", "Replace", "Tell", "Unlock", "Revoke"]
+    assert carry_out(world, log_in(DID, new)) == ["Lock", "Read", "Replace", "Tell", "Unlock", "HandOut", "Revoke"]
     assert world.record is not None
     assert world.record.token_set == new.token_set
     assert world.record.began_at == world.record.refreshed_at == world.now
@@ -51,7 +51,7 @@ def test_a_log_in_that_ends_no_other_grant(old: object) -> None:
 
 def test_a_log_in_replaces_what_cannot_be_read_and_needs_no_lock() -> None:
     world = World(None, Read=iter([StoreError("damaged")]), Lock=iter([LockTimeoutError("taken")]))
-    assert carry_out(world, log_in(DID, make_session())) == ["Lock", "Read", "Overwrite", "Tell", "Unlock"]
+    assert carry_out(world, log_in(DID, make_session())) == ["Lock", "Read", "Overwrite", "Tell", "Unlock", "HandOut"]
 
 
 def test_a_log_in_that_another_comes_before_looks_again() -> None:
@@ -63,7 +63,7 @@ def test_a_log_in_that_another_comes_before_looks_again() -> None:
 
     world = World(None, Replace=iter([another]))
     names = carry_out(world, log_in(DID, make_session()))
-    assert names == ["Lock", "Read", "Replace", "Read", "Replace", "Tell", "Unlock", "Revoke"]
+    assert names == ["Lock", "Read", "Replace", "Read", "Replace", "Tell", "Unlock", "HandOut", "Revoke"]
     assert world.asked[-1] == s.Revoke(other)
 
 
