@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint docs dist lowest pythons model soak fuzz bench clean
+.PHONY: help demo test lint docs dist lowest pythons model transcript soak deployed fuzz bench extras clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -57,16 +57,26 @@ pythons: $(VENV)/.made  ## the tests with each later Python that is on this mach
 model: $(VENV)/.made  ## every order of events of a refresh, with two and with three workers
 	$(BIN)/python -m tests.model
 
+transcript: $(VENV)/.made  ## what a new user sees, from pip install to the first post
+	$(BIN)/python -m pytest -q -rP tests/pds/test_first_steps.py
+
 SECONDS ?= 60
 STORE   ?= sqlite
 soak: $(VENV)/.made  ## faults and kills at random, over many accounts: SECONDS=600 STORE=json
 	$(BIN)/python -m tests.soak --seconds $(SECONDS) --store $(STORE)
+
+ROUNDS ?= 10
+deployed: $(VENV)/.made  ## gunicorn and Celery over one store, over restarts and kills: ROUNDS=10
+	ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -o timeout=0 tests/topics/test_deployments.py
 
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
 
 bench: $(VENV)/.made  ## what a request costs, against a bare one
 	$(BIN)/python tests/bench.py
+
+extras: $(VENV)/.made  ## install each extra alone, and use it
+	$(BIN)/python -m tests.extras
 
 clean:  ## remove what was made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -145,7 +145,7 @@ class LoginFlow:
         return f"{endpoint}{'&' if urlsplit(endpoint).query else '?'}{query}"
 
     def end(
-        self, params: Mapping[str, Any] | str, bound_to: str | None, flight: Flight[Any]
+        self, params: Mapping[str, Any] | str, bound_to: Sequence[str] | None, flight: Flight[Any]
     ) -> tuple[Session, PendingLogin]:
         """The session that the log-in brought, not stored yet. Everything that can be checked is, before the code is
         spent; from then on ``flight`` is committed."""
@@ -218,11 +218,13 @@ class LoginFlow:
 
 
 def _code_in(
-    given: Mapping[str, str], login: PendingLogin, bound_to: str | None, refuse: Callable[[str], OAuthCallbackError]
+    given: Mapping[str, str],
+    login: PendingLogin,
+    bound_to: Sequence[str] | None,
+    refuse: Callable[[str], OAuthCallbackError],
 ) -> str:
     """The code, if the answer is the one to this log-in (RFC 6749 section 4.1.2, RFC 9207)."""
-    secret = None if bound_to is None else _digest(bound_to)
-    if (secret is None) != (login.bound_to is None) or not hmac.compare_digest(secret or "", login.bound_to or ""):
+    if not _is_bound(login, bound_to):
         raise refuse("another browser has begun it; begin it again in this one")
     iss = given.get("iss")
     if iss != login.issuer and not (iss is None and "error" in given):
@@ -235,6 +237,12 @@ def _code_in(
     if not code:
         raise refuse("the answer has no code")
     return code
+
+
+def _is_bound(login: PendingLogin, bound_to: Sequence[str] | None) -> bool:
+    if login.bound_to is None or bound_to is None:
+        return login.bound_to is None and bound_to is None
+    return any(hmac.compare_digest(_digest(secret), login.bound_to) for secret in bound_to)
 
 
 def _said(given: Mapping[str, str]) -> str:

@@ -186,9 +186,14 @@ def start_thread(thread: threading.Thread) -> None:
 
 def check_not_patched_late() -> None:
     """
-    :raises SessionError: gevent has replaced the queues and threads that this module has imported already. What waits
-        here would stop the whole program.
+    :raises SessionError: gevent has replaced the queues and threads that this module has imported already, or the
+        threads alone. What waits here would stop the whole program.
     """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading") and not monkey.is_module_patched("queue"):
+        raise SessionError(
+            "gevent has patched threads, but not queues: call gevent.monkey.patch_all() as it is, without queue=False"
+        )
     if queue.SimpleQueue is not SimpleQueue:
         raise SessionError(
             "gevent has patched the standard library after atproto_session was imported: call "

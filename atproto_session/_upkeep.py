@@ -327,5 +327,5 @@ def _check_seconds(**arguments: object) -> None:
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
-        if not value >= 0:
-            raise ValueError(f"{name} is a number of seconds, 0 or more")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is a finite number of seconds, 0 or more")

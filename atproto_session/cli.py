@@ -10,7 +10,7 @@ from typing import NoReturn
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command in ``argv``, by default the one that this program was called with, and exit with its code."""
-    if find_spec("click") is None:
+    if None in map(find_spec, ("click", "rich", "platformdirs")):
         sys.exit("The command line needs an extra: pip install 'atproto-session[cli]'")
     from ._commands import program
 

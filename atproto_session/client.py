@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -270,7 +271,7 @@ class OAuthClient:
         params: Mapping[str, Any] | str,
         *,
         session_id: str | None = None,
-        bound_to: str | None = None,
+        bound_to: str | Collection[str] | None = None,
         timeout: float | None = None,
     ) -> CallbackResult:
         """End a log-in with what the browser brought back.
@@ -279,8 +280,8 @@ class OAuthClient:
 
         :param params: the parameters of the request to the redirect URI, or its whole URL.
         :param session_id: stores the session beside others of the same account.
-        :param bound_to: what was given to :meth:`authorize`. Another browser's log-in is refused before its code is
-            spent.
+        :param bound_to: what was given to :meth:`authorize`; or all that this browser may have, where each of its
+            log-ins was given a secret of its own. Another browser's log-in is refused before its code is spent.
         :param timeout: how long to wait, all told, in seconds; by default the client's.
         :raises OAuthCallbackError: the parameters belong to no log-in that was begun here, to one that has been ended
             already or was begun by another browser, or say that the user declined.
@@ -290,13 +291,16 @@ class OAuthClient:
             error is ``retryable``, nothing was spent, and the same call may succeed.
         """
         _check_session_id(session_id)
-        if bound_to is not None:
-            _check_texts(bound_to=bound_to)
+        secrets = None if bound_to is None else [bound_to] if isinstance(bound_to, str) else list(bound_to)
+        for secret in secrets or ():
+            _check_texts(bound_to=secret)
 
         def work(flight: Flight[CallbackResult]) -> CallbackResult:
-            session, login = self._logins.end(params, bound_to, flight)
+            session, login = self._logins.end(params, secrets, flight)
             key = _key_of(session.token_set.sub, session_id)
+            end_replaced = self._ends_what_is_replaced(key)
             self.sessions.set_stored(key, session)
+            end_replaced()
             handle = login.handle if login.did is not None else self._handle_of(session.token_set.sub)
             return CallbackResult(self._open(key, session), login.state, handle)
 
@@ -388,7 +392,7 @@ class OAuthClient:
         :returns: a result for each session that was due and came to its turn, or cannot be read.
         :raises StoreError: the store cannot be walked; or, at the end, it has records whose key cannot be told.
         :raises TypeError: ``idle``, ``pace`` or ``timeout`` is not a number.
-        :raises ValueError: it is less than 0.
+        :raises ValueError: it is less than 0, or infinite.
         """
         return self._upkeep.keep_alive(idle=idle, pace=pace, timeout=timeout, cancel=cancel, on_result=on_result)
 
@@ -442,6 +446,15 @@ class OAuthClient:
         except StoreError:  # the next to read it will say so
             return self
         return (session and session.client_id and self._other(session.client_id)) or self
+
+    def _ends_what_is_replaced(self, key: str) -> Callable[[], object]:
+        """A function that ends the grant of what is stored under ``key`` now, if it was given to another client that
+        this is one with; that of this client is ended without it."""
+        with suppress(StoreError):
+            other, replaced = self._client_of(key), self._store.get(key)
+            if other is not self and replaced is not None:
+                return lambda: other.sessions.end_grant(replaced)
+        return lambda: None
 
     def _sessions_of(self, client_id: str) -> SessionGetter | None:
         other = self._other(client_id)

@@ -129,6 +129,16 @@ class Keyset:
         return cls(generate_jwk() for _ in range(n))
 
     @classmethod
+    def of(cls, keys: str | bytes | Mapping[str, Any] | Iterable[str | bytes | Mapping[str, Any]]) -> Self:
+        """The keys in a setting: PEM text (unencrypted; its line ends may be written as ``\\n``), a JWK or a JWKS, as
+        text or as mappings; or several of these in a list."""
+        if isinstance(keys, str | bytes | Mapping):
+            keys = [keys]
+        elif not isinstance(keys, Iterable):
+            raise _wrong("this is neither a key nor a list of keys")
+        return cls(key for each in keys for key in _parse_setting(each))
+
+    @classmethod
     def from_jwks(cls, jwks: str | bytes | Mapping[str, Any]) -> Self:
         """The keys of a JWKS (``{"keys": [...]}``) or the one in a JWK, as a mapping or as JSON text."""
         return cls(_keys_of(jwks if isinstance(jwks, Mapping) else _parse_json(_to_text(jwks))))
@@ -155,8 +165,7 @@ class Keyset:
         if not text.strip():
             raise _wrong(f"the environment variable {printable(name)} is not set or empty")
         with _naming(f"the environment variable {printable(name)}"):
-            # What sets variables (env files, most dashboards) keeps them on one line.
-            return cls(_parse(text.replace("\\n", "\n") if "-----BEGIN" in text else text))
+            return cls(_parse_setting(text))
 
     @classmethod
     def from_files(cls, *paths: str | os.PathLike[str]) -> Self:
@@ -285,6 +294,16 @@ def _to_text(content: str | bytes) -> str:
         return content
     # Neither JSON nor PEM has a use for what this replaces, and an error of the decoder would hold the content.
     return content.decode("utf-8-sig", errors="replace")
+
+
+def _parse_setting(value: object) -> list[Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        return _keys_of(value)
+    if not isinstance(value, str | bytes):
+        raise _wrong("a key is PEM text or a JWK")
+    text = _to_text(value)
+    # What sets variables (env files, most dashboards) keeps them on one line.
+    return _parse(text.replace("\\n", "\n") if "-----BEGIN" in text else text)
 
 
 def _parse(text: str) -> list[Mapping[str, Any]]:

@@ -252,6 +252,10 @@ class SessionGetter:
         """
         return self._carry_out(sub, records.remove(sub, session, cause.about(sub)))
 
+    def end_grant(self, session: Session) -> None:
+        """End the grant of ``session``, which is not stored any more, at its server, if that can be reached."""
+        self._world.revoke(session)
+
     def _carry_out(self, sub: str, protocol: Protocol[T], *, orphan: Session | None = None) -> T:
         """
         :param orphan: a session that there is no way to come to again, if ``protocol`` cannot be begun.

@@ -36,7 +36,7 @@ class Crew:
             setup["metadata"] = metadata
         if jwks is not None:
             setup["jwks"] = jwks
-        self._programs = [Program("worker") for _ in range(processes)]
+        self._programs = [Program("worker", is_measured=False) for _ in range(processes)]
         for program in self._programs:
             program.say(setup)
         for program in self._programs:

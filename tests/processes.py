@@ -20,6 +20,13 @@ from .core import SOON
 #: The repository.
 ROOT = Path(__file__).parent.parent
 
+#: The environment of a program whose coverage is not measured.
+UNMEASURED = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+}
+
 
 class Program:
     """A module of the tests that runs as a program, and that its parent talks with line by line.
@@ -30,10 +37,9 @@ class Program:
     """
 
     def __init__(self, module: str, *arguments: str, is_measured: bool = True, stderr: int | None = None) -> None:
-        hidden = () if is_measured else ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"tests.{module}", *arguments],
-            env={name: value for name, value in os.environ.items() if name not in hidden},
+            env=None if is_measured else UNMEASURED,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -30,7 +30,7 @@ from typing import Any
 from atproto_session import OAuthClient, SessionError, SessionUpdatedEvent, StoreError
 from atproto_session.testing.network import Account, LocalNetwork
 
-from .processes import ROOT
+from .processes import ROOT, UNMEASURED
 from .programs.soak_watch import Watch
 from .programs.soak_worker import ANSWER_WITHIN, make_client
 
@@ -206,6 +206,7 @@ class Workers:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=UNMEASURED,
         )
         self._say(json.dumps(job))
         self._reader = threading.Thread(target=self._read)

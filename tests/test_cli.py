@@ -25,8 +25,9 @@ def test_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "nonsense" in capsys.readouterr().err
 
 
-def test_missing_extra_is_one_clear_line() -> None:
-    script = "import sys; sys.modules['click'] = None; from atproto_session.cli import main; main(['demo'])"
+@pytest.mark.parametrize("missing", ["click", "rich", "platformdirs"])
+def test_missing_extra_is_one_clear_line(missing: str) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; from atproto_session.cli import main; main(['demo'])"
     ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert ended.stderr.splitlines() == ["The command line needs an extra: pip install 'atproto-session[cli]'"]

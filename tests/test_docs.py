@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from atproto_session.session import to_document
 from atproto_session.stores import FullStore
 from atproto_session.testing.network import Account, LocalNetwork
 
+from .command_line import Process, browse, variables
 from .scenes import GET_SESSION
 
 ROOT = Path(__file__).parent.parent
@@ -231,8 +234,14 @@ def test_examples_compile_and_import_what_exists(example: Path) -> None:
 
 
 def test_the_script_logs_in_once_and_goes_on_the_next_time(
-    network: LocalNetwork, account: Account, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: LocalNetwork,
+    account: Account,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     main = runpy.run_path(str(DOCS / "examples" / "script.py"))["main"]
     options = {"store": f"sqlite:///{tmp_path}/sessions.db", **network.client_options()}
     pages: list[requests.Response] = []
@@ -259,6 +268,37 @@ def test_the_script_logs_in_once_and_goes_on_the_next_time(
     assert "'handle': 'alice.test'" in captured.out
     assert captured.err == ""
     assert len(browsers) == 1
+
+
+def test_a_script_that_nobody_comes_back_to_ends() -> None:
+    with runpy.run_path(str(DOCS / "examples" / "script.py"))["CallbackServer"]() as server:
+        with pytest.raises(TimeoutError, match="nobody came back"):
+            server.wait(seconds=0)
+        with pytest.raises(TimeoutError, match="nobody came back"):
+            server.wait(seconds=0.01)
+
+
+def test_cron_runs_scripts_from_another_directory(network: LocalNetwork, account: Account, tmp_path: Path) -> None:
+    """The account of the command line is found; where it has to log in, that is said, and nothing is waited for."""
+    here, data = tmp_path / "here", tmp_path / "data"
+    here.mkdir()
+    script, post = (str(DOCS / "examples" / name) for name in ("script.py", "post.py"))
+    env = variables(network, data)
+    python = partial(Process, program=sys.executable, env=env, cwd=here)
+    with python(script, account.did) as process:
+        code, said, complained = process.end()
+    assert (code, said) == (1, "")
+    assert f"atproto-session login {account.did}" in complained
+    with Process("login", account.handle, env={**env, "BROWSER": "true %s"}) as process:
+        browse(network, process.url(), account)
+        assert process.end()[0] == 0
+    with python(script, account.did) as process:
+        code, said, _ = process.end()
+    assert (code, "'handle': 'alice.test'" in said) == (0, True)
+    with python(post, "Good morning.") as process:
+        code, said, _ = process.end()
+    assert (code, said.startswith(f"at://{account.did}/app.bsky.feed.post/")) == (0, True)
+    assert list(here.iterdir()) == []
 
 
 def test_the_tests_of_ones_own_pass() -> None:

@@ -171,6 +171,24 @@ def test_an_interrupt_while_a_flight_starts_abandons_it(monkeypatch: pytest.Monk
     assert outcome in ([], [True])
 
 
+def test_of_two_that_begin_at_once_one_joins_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, flights, first = Gate(), Flights[str](), list[Flight[str]]()
+    has_room = flights._has_room_for
+
+    def another_begins(flight: Flight[str]) -> bool:
+        if not first:
+            first.append(flight)  # so that this happens once
+            first[0] = flights.board("a", lambda _: gate() or "first", deadline=time.monotonic() + SOON)[0]
+        return has_room(flight)
+
+    monkeypatch.setattr(flights, "_has_room_for", another_begins)
+    flight, is_new = flights.board("a", lambda _: "second", deadline=time.monotonic() + SOON)
+    assert (flight, is_new) == (first[0], False)
+    gate.open()
+    assert landed(flight) == "first"
+    wait_until(lambda: not flights._all)
+
+
 def test_one_that_never_begins_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     flights: Flights[str] = Flights()
     lost: Flight[str] = Flight("a", lambda flight: "never")

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,19 @@ def test_gevent_that_patches_too_late_is_found_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("queue.SimpleQueue", Patched)
     with pytest.raises(SessionError, match="before anything else is imported"):
         spawn(lambda: None, "late")
+
+
+@pytest.mark.parametrize(("patched", "is_wrong"), [("", False), ("threading", True), ("threading queue", False)])
+def test_gevent_that_patches_threads_alone_is_found_out(
+    patched: str, is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkey = SimpleNamespace(is_module_patched=lambda name: name in patched.split())
+    monkeypatch.setitem(sys.modules, "gevent.monkey", monkey)
+    if is_wrong:
+        with pytest.raises(SessionError, match="without queue=False"):
+            spawn(lambda: None, "partly")
+    else:
+        assert spawn(lambda: "done", "wholly").get(SOON) == "done"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -441,8 +441,8 @@ def test_which_failures_are_a_servers() -> None:
 
 @pytest.mark.parametrize("name", ["idle", "pace", "timeout"])
 def test_times_that_are_none(name: str, client: OAuthClient) -> None:
-    for value in (-1, float("nan")):
-        with pytest.raises(ValueError, match=f"{name} is a number of seconds, 0 or more"):
+    for value in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name} is a finite number of seconds, 0 or more"):
             client.keep_alive(**{name: value})  # type: ignore[arg-type]
     for wrong in ("1", timedelta(days=1), True):
         with pytest.raises(TypeError, match=f"{name} is a number of seconds, not"):

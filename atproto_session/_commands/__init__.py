@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .accounts import list_accounts, login, logout, refresh, show
-from .doctor import doctor
+from . import accounts, doctor, network, request, upkeep
 from .frame import Program, place_options
-from .network import demo, network
-from .request import request
-from .upkeep import clean, keep_alive, keygen, rotate
 
 __all__ = ["program"]
 
@@ -27,13 +23,15 @@ def program() -> None:
     atproto-session login alice.example.com
     atproto-session request GET /xrpc/com.atproto.server.getSession
 
+    The options below may also stand after the command. All but --store are for development.
+
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 an account has to log in, 4 the server refused the request, 5 the
     server failed, 6 failed for now: try again, 130 stopped by Ctrl-C.
     """
 
 
 for command in (
-    *(login, list_accounts, show, refresh, logout, request),
-    *(keep_alive, clean, keygen, rotate, doctor, network, demo),
+    *(accounts.login, accounts.list_accounts, accounts.show, accounts.refresh, accounts.logout, request.request),
+    *(upkeep.keep_alive, upkeep.clean, upkeep.keygen, upkeep.rotate, doctor.doctor, network.network, network.demo),
 ):
     program.add_command(command)

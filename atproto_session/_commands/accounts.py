@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import webbrowser
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from .callback import CallbackServer, LogIn, Stranger
 from .frame import (
     Exit,
     Failed,
+    check_session_id,
     columns,
     find_account,
     has_terminal,
@@ -28,7 +30,8 @@ from .frame import (
     opened_client,
     place_options,
     say_json,
-    store_url,
+    shown_url,
+    told,
 )
 
 account_argument = click.argument("account", required=False)
@@ -50,11 +53,12 @@ def login(*, account: str, scope: str, no_browser: bool, session_id: str | None,
     HANDLE is the account's handle, such as alice.example.com; its DID; or the URL of a server.
 
     A browser opens at the account's server, where its owner agrees. It comes back to a small web server that runs on
-    this machine meanwhile. Where no browser can do that, as over SSH, --no-browser prints the URL: open it in any
-    browser. The page that it ends at cannot be opened; its address is what to paste here.
+    this machine meanwhile. Where a browser cannot do that, as over SSH, use --no-browser: it prints the URL, which any
+    browser can open, and takes the address of the page that this ends at. The page itself cannot be opened.
 
     Scripts on this machine then find the account with OAuthClient.for_scripts().
     """
+    check_session_id(session_id)
     if no_browser and not has_terminal():
         raise click.UsageError("--no-browser asks for an address, and there is no terminal to ask on")
     if not no_browser and not has_terminal() and not _has_browser():
@@ -70,7 +74,7 @@ def login(*, account: str, scope: str, no_browser: bool, session_id: str | None,
             say_json({"did": result.session.did, "handle": result.handle, "session_id": session_id, "scope": granted})
             return
         click.echo(f"{result.handle or result.session.did} is logged in.")
-        click.echo(f"  DID    {result.session.did}\n  scope  {printable(granted, 300)}\n  store  {store_url()}")
+        click.echo(f"  DID    {result.session.did}\n  scope  {printable(granted, 300)}\n  store  {shown_url()}")
         missing = set(scope.split()) - set(granted.split())
         if missing:
             click.echo(f"Not granted: {printable(' '.join(sorted(missing)), 300)}", err=True)
@@ -150,7 +154,7 @@ def list_accounts(as_json: bool) -> None:
     """
     with opened_client() as client:
         accounts = sorted(client.accounts(), key=lambda each: (each.did, each.session_id or ""))
-    broken = [each for each in accounts if each.error is not None]
+    broken = [(key_of(each.did, each.session_id), each.error) for each in accounts if each.error is not None]
     if as_json:
         say_json([_members(each) for each in accounts])
     elif not accounts:
@@ -163,8 +167,8 @@ def list_accounts(as_json: bool) -> None:
             if each.error is None
         ]
         click.echo(columns(rows))
-        for each in broken:
-            click.echo(f"{printable(key_of(each.did, each.session_id))}: {each.error}", err=True)
+        for key, error in broken:
+            click.echo(f"{printable(key)}: {told(error)}", err=True)
     if broken:
         click.get_current_context().exit(Exit.FAILED)
 
@@ -187,9 +191,13 @@ def show(account: str | None, as_json: bool) -> None:
     """
     with opened_client() as client:
         did, session_id = find_account(client, account)
-        info = client.restore(did, refresh=False, session_id=session_id).token_info(refresh=False)
-        stored = next(each for each in client.accounts() if (each.did, each.session_id) == (did, session_id))
-        members = _members(stored) | {"handle": client._handle_of(did), "expired": info.expired}
+        stored = next((each for each in client.accounts() if (each.did, each.session_id) == (did, session_id)), None)
+        if stored is None:
+            raise _nobody(did, session_id)
+        if stored.error is not None:
+            raise stored.error
+        is_expired = stored.expires_at is not None and stored.expires_at <= datetime.now(UTC)
+        members = _members(stored) | {"handle": client._handle_of(did), "expired": is_expired}
     if as_json:
         say_json(members)
         return
@@ -201,9 +209,9 @@ def show(account: str | None, as_json: bool) -> None:
         ("scope", stored.scope),
         ("logged in", moment(stored.began_at)),
         ("refreshed", moment(stored.refreshed_at)),
-        ("access token", f"{'expired' if info.expired else 'expires'} {moment(info.expires_at)}"),
+        ("access token", f"{'expired' if is_expired else 'expires'} {moment(stored.expires_at)}"),
         ("client", stored.client_id or "?"),
-        ("store", store_url()),
+        ("store", shown_url()),
     ]
     click.echo(columns(shown))
 
@@ -229,8 +237,9 @@ def refresh(account: str | None, as_json: bool) -> None:
 @click.command()
 @account_argument
 @click.option("--all", "everybody", is_flag=True, help="Every account of the store.")
+@json_option
 @place_options
-def logout(account: str | None, everybody: bool) -> None:
+def logout(account: str | None, everybody: bool, as_json: bool) -> None:
     """End the session of an account, here and at its server.
 
     If the server cannot be reached, the session is deleted here all the same.
@@ -245,7 +254,10 @@ def logout(account: str | None, everybody: bool) -> None:
             _check_stored(client, key_of(*whom[0]))
         for did, session_id in whom:
             client.revoke(did, session_id=session_id)
-            click.echo(f"{key_of(did, session_id)} is logged out.")
+            if not as_json:
+                click.echo(f"{key_of(did, session_id)} is logged out.")
+    if as_json:
+        say_json([{"did": did, "session_id": session_id} for did, session_id in whom])
 
 
 def _check_stored(client: Any, key: str) -> None:
@@ -254,4 +266,9 @@ def _check_stored(client: Any, key: str) -> None:
             return
     except StoreError:  # what cannot be read can be deleted
         return
-    raise Failed(f"{printable(key)} is not logged in", Exit.LOG_IN)
+    raise _nobody(*key.split("#", 1))
+
+
+def _nobody(did: str, session_id: str | None = None) -> Failed:
+    message = f"{printable(key_of(did, session_id))} is not logged in\nLog in with: atproto-session login {did}"
+    return Failed(message, Exit.LOG_IN)

@@ -89,7 +89,7 @@ class CallbackServer:
                 outcome = self._server.outcomes.get(timeout=min(left, 0.5))
             except queue.Empty:
                 continue
-            if isinstance(outcome, SessionError):
+            if isinstance(outcome, Exception):
                 raise outcome
             return outcome
         return None
@@ -100,7 +100,7 @@ class _Server(ThreadingHTTPServer):
     end: Callable[[str], CallbackResult]
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.outcomes: queue.SimpleQueue[CallbackResult | SessionError] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[CallbackResult | Exception] = queue.SimpleQueue()
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
@@ -128,6 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, "This is another log-in", str(error))
         except SessionError as error:
             self._answer(400, "The log-in has failed", str(error))
+            self.server.outcomes.put(error)
+        except Exception as error:  # noqa: BLE001 - raised where the log-in is waited for
+            self._answer(500, "The log-in has failed", "The terminal says more.")
             self.server.outcomes.put(error)
         else:
             who = result.handle or result.session.did

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -37,7 +39,18 @@ from ..metadata import ClientMetadata
 from ..session import Session
 from ..stores import FullStore
 from ..transport import Transport, UnusableResponse
-from .frame import Exit, given_options, json_option, moment, place_of, place_options, say_json, store_url
+from .frame import (
+    Exit,
+    given_options,
+    json_option,
+    moment,
+    place_of,
+    place_options,
+    say_json,
+    store_url,
+    told,
+    without_password,
+)
 
 #: By how much clocks may differ, in seconds. The reference server takes proofs that are 10 seconds old.
 _CLOCK_TOLERANCE = 5.0
@@ -45,6 +58,7 @@ _CLOCK_TOLERANCE = 5.0
 _LEAST_FREE = 10 * 1024 * 1024
 _MOST_ACCOUNTS = 100
 _MOST_SERVERS = 10
+_MOST_FILES = 1000
 _DAY = 86_400.0
 _PUBLIC_SESSION = 14 * _DAY
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "ceph", "glusterfs", "davfs"})
@@ -100,6 +114,7 @@ def _say(finding: Finding) -> None:
 
 
 def _examine(client_id: str | None) -> Iterator[Finding]:
+    yield from _environment()
     yield from _proxies()
     with ExitStack() as stack:
         client = yield from _open(stack)
@@ -111,11 +126,20 @@ def _examine(client_id: str | None) -> Iterator[Finding]:
         try:
             asking = client or stack.enter_context(OAuthClient.for_scripts(**options))
         except ClientMetadataError as error:
-            yield Finding("network", "wrong", str(error))
+            remedy = f"in development, set {_scripts.ALLOW_HTTP}=1" if "does not use https" in str(error) else ""
+            yield Finding("network", "wrong", str(error), remedy)
             return
         yield from _resolver(asking, options)
         yield from _servers(asking, servers, options)
         yield from _metadata(asking._transport, client_id)
+
+
+def _environment() -> Iterator[Finding]:
+    """Variables that are misspelt: they have no effect."""
+    for name in os.environ:
+        if name.startswith("ATPROTO_SESSION_") and name not in _scripts.VARIABLES:
+            near = difflib.get_close_matches(name, _scripts.VARIABLES, n=1, cutoff=0.0)[0]
+            yield Finding("environment", "note", f"nothing reads the variable {printable(name)}", f"is it {near}?")
 
 
 # The store
@@ -127,13 +151,10 @@ def _open(stack: ExitStack) -> Any:
         url = store_url()
         keys = _scripts.encryption_keys()
         place = place_of(url)
-    except StoreError as error:
-        yield Finding("store", "wrong", str(error))
+    except (StoreError, click.UsageError) as error:
+        yield Finding("store", "wrong", getattr(error, "message", str(error)))
         return None
-    except click.UsageError as error:
-        yield Finding("store", "wrong", error.message)
-        return None
-    yield Finding("store", "ok", f"{_shown(url)}, {'encrypted' if keys else 'not encrypted'}")
+    yield Finding("store", "ok", f"{without_password(url)}, {'encrypted' if keys else 'not encrypted'}")
     if place is not None:
         if not place.is_absolute():
             text = f"the path is relative to the current directory ({Path.cwd()})"
@@ -152,17 +173,13 @@ def _open(stack: ExitStack) -> Any:
         ticket = f"doctor-{os.getpid()}-{time.time_ns()}"
         client._store.logins.put(ticket, {}, time.time() + 60)
         client._store.logins.take(ticket)
+    except ClientMetadataError:  # of the network, which is looked at later
+        return None
     except SessionError as error:
-        yield Finding("store", "wrong", str(error))
+        yield Finding("store", "wrong", *told(error).split("\n", 1))
         return None
     yield Finding("store", "ok", "it can be read and written")
     return client
-
-
-def _shown(url: str) -> str:
-    """A URL without its password."""
-    head, at, tail = url.rpartition("@")
-    return printable(f"{head.partition('://')[0]}://...@{tail}" if at else url, 300)
 
 
 def _files(place: Path) -> Iterator[Finding]:
@@ -170,15 +187,17 @@ def _files(place: Path) -> Iterator[Finding]:
     beside = place.parent
     while not beside.exists():
         beside = beside.parent
+    if not beside.is_dir():
+        yield Finding("files", "wrong", f"{beside} is not a directory", "name another place")
+        return
     try:
         check_parent(beside)
     except StoreError as error:
         yield Finding("files", "wrong", str(error))
     sides = [Path(f"{place}{side}") for side in ("", "-wal", "-shm", "-journal", ".locks")]
-    inside = [] if not place.is_dir() else [each for each in place.iterdir() if each.suffix == ".json" or each.is_dir()]
-    locks = [side / "salt" for side in (*sides[-1:], *(each for each in inside if each.name == "locks"))]
+    inside = list(islice(place.rglob("*"), _MOST_FILES)) if place.is_dir() else []
     checked = 0
-    for path in (*sides, *inside, *locks):
+    for path in (*sides, sides[-1] / "salt", *inside):
         try:
             check_private(path)
             checked += 1
@@ -326,6 +345,10 @@ def _proxies() -> Iterator[Finding]:
     if not proxies:
         yield Finding("proxies", "ok", "none")
     for scheme, url in proxies.items():
+        if url.lower().startswith("socks"):
+            text = f"the proxy for {scheme} is a SOCKS proxy, which is not supported"
+            yield Finding("proxies", "wrong", text, f"name an HTTP proxy in {scheme.upper()}_PROXY, or unset it")
+            continue
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -388,9 +411,11 @@ def _servers(client: OAuthClient, servers: set[str], options: dict[str, Any]) ->
             yield Finding("network", "wrong", str(error), "look at the network, and whether the server is up")
             continue
         after = time.time()
+        yield Finding("network", "ok", f"{printable(server)} answers")
         try:
             theirs = parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
         except ValueError:
+            yield Finding("clock", "ok", f"{printable(server)} does not say what time it is")
             continue
         ahead, behind = before - theirs - 1, theirs - after
         if max(ahead, behind) <= _CLOCK_TOLERANCE:

@@ -10,12 +10,13 @@ from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 import requests
 
 from .. import _scripts
-from ..client import OAuthClient
+from ..client import OAuthClient, _check_session_id
 from ..errors import SessionError, StoreError, printable
 from ..stores._urls import path_in
 
@@ -53,9 +54,11 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except SessionError as error:
-            raise Failed(_told(error), code_of(error)) from error
+            raise Failed(told(error), code_of(error)) from error
         except requests.RequestException as error:
-            raise Failed(f"the request failed: {printable(str(error), 300)}", Exit.TRY_AGAIN) from error
+            # What cannot even be sent (a header, a URL) is a ValueError, too.
+            code = Exit.FAILED if isinstance(error, ValueError) else Exit.TRY_AGAIN
+            raise Failed(f"the request failed: {printable(str(error), 300)}", code) from error
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # whoever reads has seen enough; click ends quietly
                 raise
@@ -71,7 +74,8 @@ def code_of(error: SessionError) -> Exit:
     return Exit.TRY_AGAIN if error.retryable else Exit.FAILED
 
 
-def _told(error: SessionError) -> str:
+def told(error: SessionError) -> str:
+    """What an error says, and what to do about it here."""
     hint = ""
     if error.login_required:
         hint = f"\nLog in with: atproto-session login {error.did or 'HANDLE'}"
@@ -86,25 +90,36 @@ def _told(error: SessionError) -> str:
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value == "":
+        raise click.BadParameter("it is empty", ctx, parameter)
     if value:
         ctx.meta.setdefault(_GIVEN, {})[parameter.name] = value
 
 
 def place_options(command: F) -> F:
-    """The options that say where the sessions and the servers are. They may stand before a command's name and after."""
-    for name, metavar, text in (
-        ("--allow-http", None, f"Let servers be plain http on this machine: for development. [{_scripts.ALLOW_HTTP}]"),
-        ("--handle-resolver", "URL", f"A server that resolves handles. [{_scripts.HANDLE_RESOLVER}]"),
-        ("--plc-directory", "URL", f"The directory of did:plc. [{_scripts.PLC_DIRECTORY}]"),
+    """The options that say where the sessions and the servers are. They may stand before a command's name and after;
+    those for development are listed in the help of the whole program alone."""
+    is_program = command.__name__ == "program"
+    for name, metavar, text, is_listed in (
+        ("--allow-http", None, f"Let servers be plain http on this machine. [{_scripts.ALLOW_HTTP}]", is_program),
+        ("--handle-resolver", "URL", f"A server that resolves handles. [{_scripts.HANDLE_RESOLVER}]", is_program),
+        ("--plc-directory", "URL", f"The directory of did:plc. [{_scripts.PLC_DIRECTORY}]", is_program),
         (
             "--store",
             "URL",
-            f"Where the sessions are, such as sqlite:////home/me/sessions.db (four slashes begin an absolute path). "
+            "Where the sessions are, such as sqlite:////home/me/sessions.db (four slashes begin an absolute path). "
             f"By default a file in your own data directory. [{_scripts.STORE}]",
+            True,
         ),
     ):
         option = click.option(
-            name, metavar=metavar, is_flag=metavar is None, help=text, expose_value=False, callback=_remember
+            name,
+            metavar=metavar,
+            is_flag=metavar is None,
+            help=text,
+            hidden=not is_listed,
+            expose_value=False,
+            callback=_remember,
         )
         command = option(command)
     return command
@@ -121,6 +136,18 @@ def store_url() -> str:
     if url.partition(":")[0] == "memory":
         raise click.UsageError("a store in memory ends with the command: name one that stays, such as sqlite:///...")
     return url
+
+
+def shown_url() -> str:
+    """:func:`store_url` as it may be shown: what is no file has passwords in its URL."""
+    return without_password(store_url())
+
+
+def without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme in ("sqlite", "json"):
+        return printable(url, 300)
+    return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}", 300)
 
 
 def place_of(url: str) -> Path | None:
@@ -162,12 +189,20 @@ def find_account(client: OAuthClient, account: str | None) -> tuple[str, str | N
             raise click.UsageError(f"{len(keys)} accounts are logged in: say which ({some})")
         account = keys[0]
     name, _, session_id = account.partition("#")
+    check_session_id(session_id or None)
     return did_of(client, name), session_id or None
 
 
 def did_of(client: OAuthClient, account: str) -> str:
     kind, name = client._identities.parse(account)
     return name if kind == "did" else client._identities.resolve(name).did
+
+
+def check_session_id(session_id: str | None) -> None:
+    try:
+        _check_session_id(session_id)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def key_of(did: str, session_id: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-import threading
+import time
 from typing import Literal
 
 import click
@@ -48,6 +48,13 @@ def network(handles: tuple[str, ...], token_lifetime: float, as_json: bool) -> N
 
     To give it methods of your own, run it from Python: LocalNetwork.add_method().
     """
+    try:
+        _run(handles, token_lifetime, as_json)
+    except KeyboardInterrupt:
+        click.echo("\nThe network has ended.", err=True)
+
+
+def _run(handles: tuple[str, ...], token_lifetime: float, as_json: bool) -> None:
     from ..testing.network import LocalNetwork
 
     with LocalNetwork(access_token_lifetime=token_lifetime) as local:
@@ -71,12 +78,8 @@ def network(handles: tuple[str, ...], token_lifetime: float, as_json: bool) -> N
                 click.echo(f"export {name}={shlex.quote(value)}")
             click.echo(f"# The network runs at {local.pds_url} until Ctrl-C.")
         sys.stdout.flush()
-        stopped = threading.Event()
-        try:
-            while not stopped.wait(0.5):  # in pieces: on Windows, Ctrl-C does not end a wait
-                pass
-        except KeyboardInterrupt:
-            click.echo("\nThe network has ended.", err=True)
+        while True:
+            time.sleep(0.5)  # in pieces: on Windows, Ctrl-C does not end a wait
 
 
 @click.command()

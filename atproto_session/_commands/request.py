@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+import requests
 
 from ..errors import printable
 from .frame import Exit, Failed, find_account, is_terminal, opened_client, place_options
@@ -68,21 +69,41 @@ def request(
         did, session_id = find_account(client, account)
         session = client.restore(did, session_id=session_id)
         session.total_timeout = timeout
-        response = session.request(method, path, params=query, headers=sent, data=body, stream=True)
-        if include:
-            head = [f"HTTP {response.status_code} {response.reason}"]
-            head += [f"{name}: {value}" for name, value in response.headers.items()]
-            click.echo("\n".join(printable(line, 1000) for line in [*head, ""]))
-        with click.open_file(output or "-", "wb") as file:
-            is_json = response.headers.get("Content-Type", "").partition(";")[0] == "application/json"
-            if is_json and output is None and is_terminal(sys.stdout):
-                file.write(json.dumps(response.json(), indent=2, ensure_ascii=False).encode() + b"\n")
-            else:
-                for piece in response.iter_content(_PIECE):
-                    file.write(piece)
+        try:
+            response = session.request(method, path, params=query, headers=sent, data=body, stream=True)
+        except requests.RequestException:
+            raise
+        except UnicodeError:
+            raise Failed("a header or a parameter has letters that HTTP cannot carry") from None
+        except ValueError as error:
+            raise Failed(f"that is no request: {printable(str(error), 300)}") from None
+        with response:
+            _print(response, output, include=include)
     if response.status_code >= 400:
         code = Exit.REFUSED if response.status_code < 500 else Exit.SERVER_FAILED
         raise Failed(f"the server answered {response.status_code} {printable(response.reason or '')}", code)
+
+
+def _print(response: requests.Response, output: str | None, *, include: bool) -> None:
+    if include:
+        head = [f"HTTP {response.status_code} {response.reason}"]
+        head += [f"{name}: {value}" for name, value in response.headers.items()]
+        click.echo("\n".join(printable(line, 1000) for line in [*head, ""]))
+    with click.open_file(output or "-", "wb") as file:
+        is_json = response.headers.get("Content-Type", "").partition(";")[0] == "application/json"
+        if is_json and output is None and is_terminal(sys.stdout):
+            file.write(_laid_out(response.content))
+        else:
+            for piece in response.iter_content(_PIECE):
+                file.write(piece)
+
+
+def _laid_out(body: bytes) -> bytes:
+    """JSON as people read it."""
+    try:
+        return json.dumps(json.loads(body), indent=2, ensure_ascii=False).encode() + b"\n"
+    except ValueError:  # the server calls it JSON
+        return body
 
 
 def _split(text: str, mark: str, usage: str) -> tuple[str, str]:

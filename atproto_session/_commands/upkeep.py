@@ -106,8 +106,9 @@ def _keep_in_keyring(key: str) -> None:
 
 @click.command("rotate-encryption")
 @click.option("--allow-plaintext", is_flag=True, help="Read records that are not encrypted yet, and encrypt them.")
+@json_option
 @place_options
-def rotate(allow_plaintext: bool) -> None:
+def rotate(allow_plaintext: bool, as_json: bool) -> None:
     """Encrypt every session again, with the first of the encryption keys.
 
     The keys are in ATPROTO_SESSION_ENCRYPTION_KEYS, separated by spaces: the first encrypts, all of them open. Put the
@@ -126,7 +127,10 @@ def rotate(allow_plaintext: bool) -> None:
         store = open_store(url, encryption_keys=keys, allow_plaintext=allow_plaintext)
         stack.callback(store.close)
         count = rotate_encryption(store)
-    click.echo(f"{_counted(count, 'session is', 'sessions are')} encrypted with the first key.")
+    if as_json:
+        say_json({"sessions": count})
+    else:
+        click.echo(f"{_counted(count, 'session is', 'sessions are')} encrypted with the first key.")
 
 
 @click.command("keep-alive")

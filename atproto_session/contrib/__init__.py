@@ -1,1 +1,1 @@
-"""What joins the library to others. Each module needs the extra of its name."""
+"""Integrations, each an extra of its own. Nothing here is imported by ``import atproto_session``."""

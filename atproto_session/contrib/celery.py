@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     _Task = Task
 
-#: Of the task that :func:`add_keep_alive` adds.
+#: What the task that :func:`add_keep_alive` adds is called, unless it is said otherwise.
 KEEP_ALIVE = "atproto_session.keep_alive"
 
 #: The longest pause before another try, in seconds: of those that grow, and of all. With Redis as its broker, Celery
@@ -98,21 +98,23 @@ def add_keep_alive(
     *,
     schedule: float | BaseSchedule = 3600.0,
     timeout: float = 600.0,
+    name: str = KEEP_ALIVE,
     **options: Any,
 ) -> None:
-    """Have ``celery beat`` keep idle sessions alive: adds the task ``atproto_session.keep_alive``, which calls
-    :meth:`.OAuthClient.keep_alive`, logs what it could not refresh, and returns how many have which outcome.
+    """Have ``celery beat`` keep idle sessions alive: adds a task that calls :meth:`.OAuthClient.keep_alive`, logs what
+    it could not refresh, and returns how many sessions have which outcome.
 
     :param client: or a function that returns it, called in the worker.
     :param schedule: how often, in seconds, or a schedule of Celery's.
     :param timeout: how long one run goes on, in seconds. The next one goes on from there.
+    :param name: of the task. An application with several clients gives each task a name of its own.
     :param options: further ones for :meth:`.OAuthClient.keep_alive`, such as ``idle`` and ``pace``.
     """
 
     limit = int(timeout) + 60
 
     # Shared, it would be a task of every application in the process.
-    @app.task(name=KEEP_ALIVE, base=ATProtoTask, shared=False, soft_time_limit=limit, time_limit=limit + 60)
+    @app.task(name=name, base=ATProtoTask, shared=False, soft_time_limit=limit, time_limit=limit + 60)
     def keep_alive() -> dict[str, int]:
         the_client = client if isinstance(client, OAuthClient) else client()
         results = the_client.keep_alive(timeout=timeout, **options)
@@ -123,4 +125,4 @@ def add_keep_alive(
 
     @app.on_after_finalize.connect(weak=False)
     def plan(sender: Celery[Any], **_: object) -> None:
-        sender.add_periodic_task(schedule, sender.signature(KEEP_ALIVE), name=KEEP_ALIVE)
+        sender.add_periodic_task(schedule, sender.signature(name), name=name)

@@ -1,18 +1,20 @@
 """Log in from a script, and call an API.
 
 ``python script.py alice.example.com`` opens a browser to log in with, and ``python script.py did:plc:...`` goes on with
-the session that is stored.
+the session that is stored: from whatever directory it is started, by cron too. Accounts that the command
+``atproto-session login`` has logged in are there as well.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import webbrowser
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-from atproto_session import ClientMetadata, OAuthClient, OAuthSession, SessionError
+from atproto_session import OAuthClient, OAuthSession, SessionError
 
 Browser = Callable[[str], object]
 
@@ -25,8 +27,12 @@ class CallbackServer(HTTPServer):
         self.origin = f"http://127.0.0.1:{self.server_port}"
         self.callback: str | None = None
 
-    def wait(self) -> str:
+    def wait(self, seconds: float = 300) -> str:
+        deadline = time.monotonic() + seconds
         while self.callback is None:
+            self.timeout = max(0, deadline - time.monotonic())
+            if not self.timeout:
+                raise TimeoutError("nobody came back from the browser")
             self.handle_request()
         return self.callback
 
@@ -67,9 +73,10 @@ def restore(client: OAuthClient, did: str) -> OAuthSession | None:
 
 
 def main(account: str, *, open_browser: Browser = webbrowser.open, **options: Any) -> None:
-    options = {"store": "sqlite:///sessions.db", **options}
-    with OAuthClient(ClientMetadata.loopback(scope="atproto transition:generic"), **options) as client:
+    with OAuthClient.for_scripts(**options) as client:
         session = restore(client, account) if account.startswith("did:") else None
+        if session is None and not sys.stdin.isatty():  # cron: nobody is there who could
+            sys.exit(f"{account} has to log in: run this at a terminal, or atproto-session login {account}")
         if session is None:
             session = log_in(client, account, open_browser)
         session.total_timeout = 30  # seconds for a request, all told

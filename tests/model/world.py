@@ -9,7 +9,7 @@ workers may stand still (``pauses``), the window ends all the same, and what com
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -132,8 +132,8 @@ class World:
     is_login_stale: bool = False
     mishaps: int = 0
     stalls: int = 2
-    refresh: type[Refresh] = Refresh
-    compare: Compare = holds
+    refresh: type[Refresh] = field(default=Refresh, repr=False)
+    compare: Compare = field(default=holds, repr=False)
     revokes: bool = True
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class World:
         ]
         object.__setattr__(self, "kinds", tuple(actors))
 
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[Kind, ...] = field(default=(), init=False, repr=False)
 
     def initial(self) -> Iterator[State]:
         losses = {"lease": self.losses, "broken": 1}.get(self.locks, 0)
@@ -207,7 +207,8 @@ class World:
                 if s.holder is not None and (me >= self.workers or not waits):
                     yield "does not get the lock in time", self._go(s, me, a, Fault.LOCKED)
             case steps.Unlock():
-                yield "releases the lock", self._go(s._replace(holder=None), me, a, None)
+                holder = None if s.holder == me else s.holder
+                yield "releases the lock", self._go(s._replace(holder=holder), me, a, None)
             case steps.Extend():
                 if s.holder == me:
                     yield "still has its lock", self._go(s, me, a, True)

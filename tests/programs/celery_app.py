@@ -7,6 +7,7 @@ end, and ``ended`` with whether the session in question was refreshed, when the 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 from pathlib import Path
@@ -59,17 +60,29 @@ app = Celery("tests", broker=scene["broker"], backend=scene["broker"], task_cls=
 app.conf.update(
     task_default_queue=scene["queue"],
     result_backend_transport_options={"global_keyprefix": scene["queue"]},
+    # What a process that is killed has taken goes to another one.
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
     broker_connection_retry_on_startup=True,
     worker_enable_remote_control=False,
 )
-client = OAuthClient(ClientMetadata.loopback(), store=scene["store"], times=RESTLESS, **scene["options"])
+if scene.get("site"):
+    from flask import Flask
+
+    from atproto_session.contrib.flask import ATProto
+
+    site: Flask = importlib.import_module(scene["site"]).application
+    with site.app_context():
+        client = ATProto().client
+else:
+    client = OAuthClient(ClientMetadata.loopback(), store=scene["store"], times=RESTLESS, **scene["options"])
 add_keep_alive(app, client, schedule=scene["keep_alive_every"], idle=scene["idle"], pace=0)
 
 
 @app.task
-def handle_of(did: str) -> str:
-    """An account's handle, as its server tells it."""
-    return str(client.restore(did).get(GET_SESSION).json()["handle"])
+def handle_of(did: str, session_id: str | None = None) -> tuple[str, int]:
+    """An account's handle, as its server tells it, and which process has asked."""
+    return client.restore(did, session_id=session_id).get(GET_SESSION).json()["handle"], os.getpid()
 
 
 @app.task

@@ -1,16 +1,16 @@
-"""Under gevent, patched before anything else or ``late``: what must not stop the hub, and what is said at once."""
+"""Under gevent, patched before anything else, ``late`` or in ``part``: what must not stop the hub, and what is said."""
 
 # ruff: noqa: E402 - gevent comes first
 from __future__ import annotations
 
 import sys
 
-LATE = "late" in sys.argv
+LATE, PART = "late" in sys.argv, "part" in sys.argv
 
 if not LATE:
     from gevent import monkey
 
-    monkey.patch_all()
+    monkey.patch_all(queue=not PART)
 
 import json
 import sqlite3
@@ -86,15 +86,16 @@ def sessions(setup: dict[str, Any]) -> list[str]:
     return sorted({str(greenlet.value) for greenlet in greenlets})
 
 
+def said(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except SessionError as error:
+        return str(error)
+    return "nothing"
+
+
 def patched_late(setup: dict[str, Any]) -> list[str]:
     from gevent import monkey
-
-    def said(work: Callable[[], object]) -> str:
-        try:
-            work()
-        except SessionError as error:
-            return str(error)
-        return "nothing"
 
     before = OAuthClient(ClientMetadata.loopback(), store=setup["store"], times=RESTLESS, **setup["options"])
     monkey.patch_all(ssl=False)
@@ -107,8 +108,8 @@ def patched_late(setup: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
-    if LATE:
-        say(patched_late(setup))
+    if LATE or PART:
+        say(patched_late(setup) if LATE else [said(lambda: OAuthClient(ClientMetadata.loopback(), store="memory:"))])
         return
     directory = Path(setup["directory"])
     say({"database": busy_database(directory / "busy.db"), "lock": busy_lock(directory / "lock.db")})

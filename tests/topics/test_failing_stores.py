@@ -185,7 +185,7 @@ class WorkerProcess(Program):
     """
 
     def __init__(self, place: Place, *, store_for: float, patient: bool = False) -> None:
-        super().__init__("programs.store_worker")
+        super().__init__("programs.store_worker", is_measured=False)
         options = place.network.client_options()
         self.say({"store": place.url, "options": options, "store_for": store_for, "patient": patient})
 

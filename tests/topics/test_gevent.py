@@ -30,3 +30,10 @@ def test_patched_late_it_is_said_at_once(network: LocalNetwork, tmp_path: Path) 
             assert "call gevent.monkey.patch_all() before anything else is imported" in said
     assert network.rotations == 0
     scene.close()
+
+
+def test_patched_in_part_it_is_said_at_once() -> None:
+    with Program("programs.gevent_scene", "part", is_measured=False) as program:
+        program.say({})
+        (said,) = program.hear()
+        assert "call gevent.monkey.patch_all() as it is" in said

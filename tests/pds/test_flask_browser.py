@@ -1,0 +1,54 @@
+"""The Flask application of the documents in Chromium, with the real PDS's own sign-in and consent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atproto_session.testing.network import Account
+from tests.browser import Chromium, served
+from tests.contrib.examples import flask_example
+from tests.pds.harness import RealPDS
+
+
+@pytest.fixture
+def origin(real_pds: RealPDS, tmp_path: Path) -> Iterator[str]:
+    with flask_example(f"sqlite:///{tmp_path}/sessions.db", real_pds.client_options()) as app, served(app) as origin:
+        yield origin
+
+
+def sign_in(chromium: Chromium, origin: str, real_pds: RealPDS, account: Account) -> None:
+    """From the home page of the application to the consent page of the PDS."""
+    chromium.open(origin)
+    chromium.fill("account", account.handle)
+    chromium.press("Log in")
+    chromium.wait_for_url(real_pds.pds_url)
+    chromium.fill("password", account.password)
+    chromium.press("Sign in")
+
+
+def test_a_person_signs_in_consents_posts_and_logs_out(
+    real_pds: RealPDS, pds_account: Account, chromium: Chromium, origin: str
+) -> None:
+    sign_in(chromium, origin, real_pds, pds_account)
+    chromium.press("Authorize")
+    chromium.wait_for(f"Hello {pds_account.handle}")
+    chromium.press("Your account")
+    chromium.wait_for(f"{pds_account.handle} is {pds_account.did}")
+    chromium.open(origin)
+    chromium.fill("text", "Hello from a browser")
+    chromium.press("Post")
+    chromium.wait_for("Posted.")
+    chromium.press("Log out")
+    chromium.wait_for("Your account")
+    chromium.open(f"{origin}/account")
+    chromium.wait_for_url(f"{origin}/atproto/login?next=/account")
+
+
+def test_a_person_refuses(real_pds: RealPDS, pds_account: Account, chromium: Chromium, origin: str) -> None:
+    sign_in(chromium, origin, real_pds, pds_account)
+    chromium.press("Deny access")
+    chromium.wait_for("access_denied")
+    assert chromium.url.startswith(f"{origin}/atproto/callback")
