@@ -148,6 +148,7 @@ class _Tries:
             retries = self._retries.increment(request.method, request.url, **outcome)
         except MaxRetryError as error:
             if "response" in outcome and self._retries.raise_on_status:
+                outcome["response"].close()  # nobody gets it
                 raise requests.exceptions.RetryError(error, request=request) from error
             return None
         except HTTPError:

@@ -115,11 +115,20 @@ def test_each_try_has_a_proof_of_its_own(
     assert network.rotations == 0
 
 
-def test_tries_end(network: LocalNetwork, retrying: OAuthSession) -> None:
+def test_tries_end(network: LocalNetwork, retrying: OAuthSession, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = network.fault("resource", "status", times=None)
+    responses: list[requests.Response] = []
+    send = retrying._adapter._below.send
+
+    def recorded(*arguments: Any) -> requests.Response:
+        responses.append(send(*arguments))
+        return responses[-1]
+
+    monkeypatch.setattr(retrying._adapter._below, "send", recorded)
     with pytest.raises(requests.exceptions.RetryError):
         retrying.get(ECHO)
     assert fault.count == 4
+    assert [response.raw.closed for response in responses] == [True] * 4, "nobody else closes them"
     retrying._adapter._retries = EAGER.new(raise_on_status=False)
     assert retrying.get(ECHO).status_code == 503
     retrying._adapter._retries = EAGER.new(allowed_methods=["GET"])

@@ -287,7 +287,8 @@ def test_a_long_refusal_that_is_the_callers_to_read(network: LocalNetwork, sessi
     headers = {"WWW-Authenticate": 'DPoP error="invalid_token"', "Content-Type": "application/json"}
     refusal = Response(401, b"{" + b" " * 100_000, headers, chunked=True)
     network.fault("resource", "custom", respond=lambda request: refusal)
-    assert session.get(ECHO, stream=True).status_code == 200
+    with session.get(ECHO, stream=True) as response:
+        assert response.status_code == 200
     assert network.rotations == 1
 
 

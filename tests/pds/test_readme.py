@@ -44,7 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def first_code() -> str:
     readme = (ROOT / "README.rst").read_text(encoding="utf-8")
-    code = re.search(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", readme)
+    code = re.search(r"In ten lines\n-+\n\n\.\. code-block:: python\n\n((?:    .*\n|\n)+)", readme)
     assert code is not None
     return textwrap.dedent(code.group(1))
 
