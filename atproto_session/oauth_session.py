@@ -236,8 +236,9 @@ class OAuthSession(requests.Session):
             raise TypeError(
                 f"the url of a request is a str, such as '/xrpc/app.bsky.feed.getTimeline', not {type(url).__name__}"
             )
-        is_path = url.startswith("/") and "//" not in url and "/." not in url
-        request.url = self._adapter.audience + url if is_path else urljoin(self._adapter.audience, url)
+        pds = self._adapter.audience
+        is_simple = url.startswith("/") and "//" not in url and "/." not in url and pds.count("/") == 2
+        request.url = pds + url if is_simple else urljoin(pds, url)
         cookies: Any = merge_cookies(RequestsCookieJar(), self.cookies)  # type: ignore[no-untyped-call]
         # What requests does, but ~/.netrc is not looked at, and nothing is merged where there is one side only.
         prepared = requests.PreparedRequest()

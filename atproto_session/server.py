@@ -14,14 +14,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from ._flights import alongside
-from ._fork import importing
+from ._fork import importing, reset_in_child
 from ._urls import origin
 from .client_auth import authentication_params, resolve_stored
 from .discovery import Discovery, ServerMetadata
@@ -32,6 +32,8 @@ from .keys import Keyset
 from .metadata import ClientMetadata
 from .session import ClientAuthMethod, Session, TokenSet
 from .transport import Response, Transport
+
+T = TypeVar("T")
 
 _log = logging.getLogger("atproto_session")
 
@@ -45,6 +47,8 @@ _LONGEST_SCOPE = 16 * 1024
 _LONGEST_NAME = 2049
 #: What a thread is called that finds out about a server while another one does.
 _ASIDE = "atproto_session lookup"
+#: How many do so at a time. A server that is away, and that an account has left, keeps its thread for seconds.
+_MOST_ASIDE = 32
 #: Longer lives are taken for nonsense, in seconds.
 _LONGEST_LIFE = 10 * 365 * 86400.0
 #: Nobody is asked to stay away for longer, in seconds. (urllib3 has the same bound.)
@@ -257,6 +261,8 @@ class AccountAuthority:
         self._keyset = keyset
         self.answer_within = answer_within
         self._reply_within = reply_within
+        self.reset_after_fork()
+        reset_in_child(self)
 
     def server(self, issuer: str) -> AuthorizationServer:
         """The authorization server ``issuer``.
@@ -280,7 +286,7 @@ class AccountAuthority:
             is the right one.
         :raises TokenRefreshError: another server is.
         """
-        answer_of_last = None if last is None else alongside(lambda: self._issuer_of(last), _ASIDE)
+        answer_of_last = None if last is None else self._alongside(lambda: self._issuer_of(last))
         pds = self._identities.resolve_did(did).pds
         current = self._issuer_of(pds) if answer_of_last is None or pds != last else answer_of_last()
         if current != issuer:
@@ -288,6 +294,22 @@ class AccountAuthority:
                 f"the account {did} now belongs to the authorization server {current}, not to {issuer}; log in again"
             )
         return pds
+
+    def _alongside(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Begin ``work`` in another thread, or do it when its result is wanted if too much is under way."""
+        under_way, mark = self._under_way, object()
+
+        def run() -> T:
+            under_way.add(mark)
+            try:
+                return work()
+            finally:
+                under_way.discard(mark)
+
+        return work if len(under_way) >= _MOST_ASIDE else alongside(run, _ASIDE)
+
+    def reset_after_fork(self) -> None:
+        self._under_way: set[object] = set()
 
     def _issuer_of(self, pds: str) -> str:
         return self._discovery.authorization_server_of(pds, fresh=True)
@@ -297,7 +319,7 @@ class AccountAuthority:
         tokens = session.token_set
         find_server: Callable[[], AuthorizationServer] = partial(self.server, tokens.iss)
         if not self._discovery.knows(tokens.iss):
-            find_server = alongside(find_server, _ASIDE)
+            find_server = self._alongside(find_server)
         aud = self.audience(tokens.sub, tokens.iss, tokens.aud)
         server = find_server()
         method = resolve_stored(session.auth_method, self._client, self._keyset, server.metadata)

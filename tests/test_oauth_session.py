@@ -479,9 +479,11 @@ def test_requests_are_prepared_as_in_requests(
         assert getattr(found, name) == getattr(expected, name), name
 
 
+@pytest.mark.parametrize("pds", [PDS, f"{PDS}/", f"{PDS}/path"])
 @pytest.mark.parametrize("path", ["/xrpc/a", "/a/../b/./c", "//pds.example.com/x", "xrpc/a", "?a=b", "/a//b", "", "."])
-def test_a_relative_url_is_taken_from_the_pds(path: str, ours: OAuthSession) -> None:
-    expected = requests.Request("GET", urljoin(PDS, path)).prepare().url
+def test_a_relative_url_is_taken_from_the_pds(path: str, pds: str, ours: OAuthSession) -> None:
+    ours._adapter.audience = pds
+    expected = requests.Request("GET", urljoin(pds, path)).prepare().url
     assert ours.prepare_request(requests.Request("GET", path)).url == expected
 
 

@@ -34,7 +34,7 @@ from atproto_session.server import (
 from atproto_session.session import ClientAuthMethod, fault_in
 from atproto_session.transport import Response, Transport
 
-from .core import DID, KEY, SOON, make_session, make_tokens
+from .core import DID, KEY, SOON, Gate, make_session, make_tokens, wait_until
 from .test_discovery import metadata
 
 ISSUER = "https://auth.example.com"
@@ -470,6 +470,26 @@ def test_an_account_that_has_moved_is_not_judged_by_its_old_pds() -> None:
     session = make_session(token_set=make_tokens(iss=ISSUER, aud=PDS))
     authority.prepare(session)
     assert resource(NEW_PDS) in transport.asked
+
+
+def test_a_pds_that_is_away_keeps_so_many_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When accounts have left it, nobody waits for it."""
+    monkeypatch.setattr("atproto_session.server._MOST_ASIDE", 3)
+    transport, away = Together(NEW_PDS, DOCUMENT), Gate()
+    ask = transport.get_json
+
+    def get_json(url: str, **options: Any) -> dict[str, Any]:
+        if url == resource(PDS):
+            away()
+        return ask(url, **options)
+
+    monkeypatch.setattr(transport, "get_json", get_json)
+    authority = authority_over(transport)
+    for _ in range(6):
+        authority.prepare(make_session(token_set=make_tokens(iss=ISSUER, aud=PDS)))
+    wait_until(lambda: len(authority._under_way) == 3)
+    away.open()
+    wait_until(lambda: not authority._under_way)
 
 
 def test_what_the_pds_answers_counts_however_early_it_was_asked() -> None:
