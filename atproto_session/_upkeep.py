@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from ._checks import check_functions, check_methods
 from ._records import found, log
 from .errors import CancelledError, IdentityError, SessionError, StoreError, TokenRefreshError, printable
 from .session import Session, TokenSet
@@ -140,6 +141,9 @@ class Upkeep:
         on_result: Callable[[KeepAliveResult], object] | None,
     ) -> list[KeepAliveResult]:
         _check_seconds(idle=idle, pace=pace, **({} if timeout is None else {"timeout": timeout}))
+        if cancel is not None:
+            check_methods("cancel", cancel, ("is_set", "wait"), "a threading.Event")
+        check_functions(on_result=on_result, optional=True)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         results: list[KeepAliveResult] = []
 

@@ -222,6 +222,7 @@ class OAuthClient:
         :raises ClientMetadataError: ``scope`` cannot be asked for.
         :raises StoreError: the store or the encryption keys cannot be had.
         """
+        check_texts(scope=scope)
         options = {**_scripts.network_options(), **options}
         if "store" not in options:
             options["store"] = _scripts.store_url()

@@ -157,7 +157,7 @@ class Keyset:
         if isinstance(keys, str | bytes | Mapping):
             keys = [keys]
         elif not isinstance(keys, Iterable):
-            raise _wrong("this is neither a key nor a list of keys")
+            raise _wrong(f"keys are PEM text, a JWK, or a list of them, not {type(keys).__name__}")
         return cls(key for each in keys for key in _parse_setting(each))
 
     @classmethod
@@ -336,7 +336,7 @@ def _parse_setting(value: object) -> list[Mapping[str, Any]]:
     if isinstance(value, Mapping):
         return _keys_of(value)
     if not isinstance(value, str | bytes):
-        raise _wrong("a key is PEM text or a JWK")
+        raise _wrong(f"each of the keys is PEM text or a JWK, not {type(value).__name__}")
     text = _to_text(value, "a key")
     # What sets variables (env files, most dashboards) keeps them on one line.
     return _parse(text.replace("\\n", "\n") if "-----BEGIN" in text else text)

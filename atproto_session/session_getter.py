@@ -303,10 +303,14 @@ class SessionGetter:
 
         :raises StoreError: the store cannot be written.
         """
+        check_texts(sub=sub)
+        check_kind("session", session, Session, "a Session")
+        check_kind("cause", cause, SessionError, "a SessionError")
         return self._carry_out(sub, records.remove(sub, session, cause.about(sub)), None)
 
     def end_grant(self, session: Session) -> None:
         """End the grant of ``session``, which is not stored any more, at its server, if that can be reached."""
+        check_kind("session", session, Session, "a Session")
         self._world.revoke(session)
 
     def _carry_out(

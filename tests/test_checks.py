@@ -66,6 +66,7 @@ WRONG: dict[str, Any] = {
     "a date": datetime(2026, 1, 1),
 }
 TEXTS = {"a string", "an empty string", "half a character", "a home"}
+LISTS = {"a list", "an empty list", "a mapping"}
 NUMBERS = {"a number", "a fraction", "less than nothing"}
 PEM = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -157,8 +158,14 @@ CALLS: dict[str, tuple[Callable[[Any], object], set[str]]] = {
     "authorize timeout": (lambda value: client().authorize("x.test", timeout=value), {"nothing", *NUMBERS}),
     "callback params": (lambda value: client().callback(value), {*TEXTS, "a mapping"}),
     "callback session_id": (lambda value: client().callback("?code=1", session_id=value), {"nothing", *TEXTS}),
-    "callback bound_to": (lambda value: client().callback("?code=1", bound_to=value), {"nothing", *TEXTS}),
+    "callback bound_to": (lambda value: client().callback("?code=1", bound_to=value), {"nothing", *TEXTS, *LISTS}),
     "callback timeout": (lambda value: client().callback("?code=1", timeout=value), {"nothing", *NUMBERS}),
+    "for_scripts scope": (lambda value: OAuthClient.for_scripts(scope=value, store="memory:"), TEXTS),
+    "keep_alive idle": (lambda value: client().keep_alive(idle=value), NUMBERS),
+    "keep_alive pace": (lambda value: client().keep_alive(pace=value), NUMBERS),
+    "keep_alive timeout": (lambda value: client().keep_alive(timeout=value), {"nothing", *NUMBERS}),
+    "keep_alive cancel": (lambda value: client().keep_alive(cancel=value), {"nothing"}),
+    "keep_alive on_result": (lambda value: client().keep_alive(on_result=value), {"nothing", "a class"}),
     "restore did": (lambda value: client().restore(value), TEXTS),
     "restore refresh": (lambda value: client().restore(DID, value), {"yes"}),
     "restore session_id": (lambda value: client().restore(DID, session_id=value), {"nothing", *TEXTS}),
@@ -192,6 +199,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], set[str]]] = {
     "ClientMetadata.check_redirect_uri redirect_uri": (lambda value: metadata().check_redirect_uri(value), set()),
     "ClientMetadata.check_scope scope": (lambda value: metadata().check_scope(value), set()),
     "Keyset keys": (Keyset, {"a list"}),
+    "Keyset.of keys": (Keyset.of, {*TEXTS, "bytes", "a mapping"}),
     "Keyset.generate n": (Keyset.generate, {"a number", "yes"}),
     "Keyset.from_jwks jwks": (Keyset.from_jwks, {*TEXTS, "bytes", "a path", "a mapping"}),
     "Keyset.from_pem pem": (Keyset.from_pem, {*TEXTS, "bytes", "a path", "a mapping"}),
@@ -223,6 +231,10 @@ CALLS: dict[str, tuple[Callable[[Any], object], set[str]]] = {
     "delete_stored cause": (lambda value: getter().delete_stored(DID, value), {"nothing"}),
     "delete_stored revoke": (lambda value: getter().delete_stored(DID, revoke=value), {"yes"}),
     "delete_stored timeout": (lambda value: getter().delete_stored(DID, timeout=value), {"nothing", *NUMBERS}),
+    "delete_unusable sub": (lambda value: getter().delete_unusable(value, make_session(), SessionError("x")), TEXTS),
+    "delete_unusable session": (lambda value: getter().delete_unusable(DID, value, SessionError("x")), set()),
+    "delete_unusable cause": (lambda value: getter().delete_unusable(DID, make_session(), value), set()),
+    "end_grant session": (lambda value: getter().end_grant(value), set()),
     "delete_rejected sub": (lambda value: getter().delete_rejected(value, make_session(), SessionError("x")), TEXTS),
     "delete_rejected session": (lambda value: getter().delete_rejected(DID, value, SessionError("x")), set()),
     "delete_rejected cause": (lambda value: getter().delete_rejected(DID, make_session(), value), set()),
@@ -323,7 +335,10 @@ def test_an_argument_of_the_wrong_kind_is_named(call: str, tmp_path: Path, monke
 def test_every_public_call_is_tried() -> None:
     """Every parameter of what is exported, apart from events and errors, which are made here and not by users."""
     made_here = {
+        "Account",
         "CallbackResult",
+        "CleanResult",
+        "KeepAliveResult",
         "GetOptions",
         "OAuthSession",
         "SessionDeletedEvent",

@@ -17,6 +17,7 @@ from sphinx.transforms import SphinxTransform
 
 LINK = re.compile(r"^\* `[^`<]+\s<([\w/]+)\.rst>`__", re.MULTILINE)
 SECTION = re.compile(r"^(\S.*)\n-+\n", re.MULTILINE)
+LANGUAGES = {".py": "python", ".html": "html+django"}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: Documents outside of this directory, and the pages that show them.
 OUTSIDE = {"../README.rst": "index", "../CHANGELOG.rst": "changelog", "../CONTRIBUTING.rst": "contributing"}
@@ -51,12 +52,13 @@ class Examples(Directive):
     def run(self) -> list[nodes.Node]:
         env = self.state.document.settings.env
         found: list[nodes.Node] = []
-        for path in sorted(EXAMPLES.glob("*.py")):
+        for path in sorted(path for path in EXAMPLES.rglob("*") if path.suffix in LANGUAGES and path.stat().st_size):
             env.note_dependency(str(path))
-            label = f"example-{path.name}"
+            name = path.relative_to(EXAMPLES).as_posix()
+            label = f"example-{name}"
             section = nodes.section(ids=[nodes.make_id(label)], names=[label])
-            section += nodes.title(path.name, path.name)
-            section += nodes.literal_block("", path.read_text(encoding="utf-8"), language="python")
+            section += nodes.title(name, name)
+            section += nodes.literal_block("", path.read_text(encoding="utf-8"), language=LANGUAGES[path.suffix])
             self.state.document.note_explicit_target(section)
             found.append(section)
         return found
