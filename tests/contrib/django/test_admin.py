@@ -56,7 +56,7 @@ def test_sessions_cannot_be_made_or_changed(site: LocalNetwork, browser: Client,
     row = StoredSession.objects.get()
     assert admin.get(f"{SESSIONS}add/").status_code == 403
     assert admin.post(f"{SESSIONS}{row.pk}/change/", {"key": "did:plc:other"}).status_code == 403
-    assert b"delete_selected" not in admin.get(SESSIONS).content
+    assert b"Delete selected" not in admin.get(SESSIONS).content
 
 
 @pytest.mark.parametrize("atomic", [False, True])
@@ -71,7 +71,7 @@ def test_sessions_are_ended(site: LocalNetwork, browser: Client, admin: Client, 
     settings = connections["default"].settings_dict
     settings["ATOMIC_REQUESTS"] = atomic
     try:
-        done = admin.post(SESSIONS, {"action": "end_sessions", "_selected_action": [mine.pk]}, follow=True)
+        done = admin.post(SESSIONS, {"action": "delete_selected", "_selected_action": [mine.pk]}, follow=True)
         assert b"1 sessions are ended." in done.content
         assert admin.post(f"{SESSIONS}{theirs.pk}/delete/", {"post": "yes"}).status_code == 302
     finally:
@@ -90,7 +90,7 @@ def test_a_session_that_cannot_be_ended_is_said_so(
         raise StoreError("it cannot be written")
 
     monkeypatch.setattr(get_client(), "revoke", fail)
-    chosen = {"action": "end_sessions", "_selected_action": [StoredSession.objects.get().pk]}
+    chosen = {"action": "delete_selected", "_selected_action": [StoredSession.objects.get().pk]}
     assert b"it cannot be written" in admin.post(SESSIONS, chosen, follow=True).content
     assert StoredSession.objects.count() == 1
 

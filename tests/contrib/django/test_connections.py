@@ -395,6 +395,8 @@ def test_a_lock_whose_connection_ends_does_no_harm(
         with elsewhere.locks.hold(did, timeout=SOON):
             pass  # the lock is free
         second = threads.submit(other.restore, did, True)
+        while other.sessions._flights.get(did) is None:
+            time.sleep(0.01)
         held.disarm()
         assert first.result(SOON).token_info().sub == second.result(SOON).token_info().sub == did
         assert (network.rotations, network.replays) == (1, 0)
