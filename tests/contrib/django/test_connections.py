@@ -143,7 +143,7 @@ def test_a_refresh_in_a_transaction_that_comes_to_nothing_is_kept(store: DjangoS
 # How many there are
 
 
-@pytest.mark.parametrize("own_database", SERVERS, indirect=True)
+@pytest.mark.parametrize("own_database", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("age", [0, None])
 def test_sixty_laps_leave_as_many_connections_as_before(
     store: DjangoStore, network: LocalNetwork, age: int | None
