@@ -15,7 +15,7 @@ from django.http import HttpRequest
 
 from ...errors import SessionError
 from ...session import Session
-from .conf import get_client, get_store
+from .conf import get_alias, get_client, get_store
 from .models import Account, StoredSession
 
 
@@ -52,7 +52,7 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[StoredSession]:
         # What is shown of the document comes from the store, which can read it.
-        return super().get_queryset(request).defer("document")
+        return super().get_queryset(request).using(get_alias()).defer("document")
 
     def delete_model(self, request: HttpRequest, obj: StoredSession) -> None:
         """Outside of the transaction of the admin: with SQLite, that would keep the store from writing."""
