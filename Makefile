@@ -10,7 +10,7 @@ CORE  := $(subst $(empty) $(empty),$(comma),$(addprefix atproto_session/, \
     errors.py _fork.py _urls.py _worker.py session.py keys.py _threads.py dpop.py _flights.py locks/* stores/* \
     _steps.py _terms.py cached_getter.py _records.py _rests.py refresh.py _driver.py session_getter.py))
 
-.PHONY: help demo test lint model soak fuzz bench extras clean
+.PHONY: help demo test lint model soak deployed fuzz bench extras clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -46,6 +46,10 @@ SECONDS ?= 60
 STORE   ?= sqlite
 soak: $(VENV)/.made  ## faults and kills at random, over many accounts: SECONDS=600 STORE=json
 	$(BIN)/python -m tests.soak --seconds $(SECONDS) --store $(STORE)
+
+ROUNDS ?= 10
+deployed: $(VENV)/.made  ## gunicorn and Celery over one store, over restarts and kills: ROUNDS=10
+	ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -o timeout=0 tests/topics/test_deployments.py
 
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz

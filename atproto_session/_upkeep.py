@@ -143,8 +143,8 @@ class Upkeep:
                 on_result(results[-1])
 
         due, unreadable, failure = self._due(idle, is_over)
-        for number, (key, error) in enumerate(unreadable, start=1):
-            tell(key, error, len(unreadable) - number + len(due))
+        for number, (key, why) in enumerate(unreadable, start=1):
+            tell(key, why, len(unreadable) - number + len(due))
         servers = _Servers()
         is_asked = False
         for number, (last, key) in enumerate(due, start=1):
@@ -152,17 +152,10 @@ class Upkeep:
                 _pause(min(pace, deadline - time.monotonic()), cancel)
             if is_over():
                 break
-            try:
-                is_asked = self._refresh(key, last, servers, deadline, cancel)
-            except CancelledError as error:
-                if cancel is not None and cancel.is_set():
-                    break
-                tell(key, error, len(due) - number)
-            except SessionError as error:
-                is_asked = True
-                tell(key, error, len(due) - number)
-            else:
-                tell(key, None, len(due) - number)
+            is_asked, error = self._refresh(key, last, servers, deadline, cancel)
+            if isinstance(error, CancelledError) and cancel is not None and cancel.is_set():
+                break
+            tell(key, error, len(due) - number)
         if failure is not None:
             raise failure
         return results
@@ -195,14 +188,18 @@ class Upkeep:
 
     def _refresh(
         self, key: str, last: float, servers: _Servers, deadline: float, cancel: threading.Event | None
-    ) -> bool:
-        """Refresh the session, unless another worker has done so. Returns whether its server was asked."""
-        session = self._sessions.get_stored(key)
-        if session is not None and _last_of(session) != last:
-            return False
-        server = "" if session is None else session.token_set.aud
-        servers.check(server, key)
+    ) -> tuple[bool, SessionError | None]:
+        """Refresh the session, unless another worker has done so. Returns whether its server may have been asked, and
+        why the session was not refreshed, if so."""
+        server = ""
         try:
+            session = self._sessions.get_stored(key)
+            if session is not None:
+                server = session.token_set.aud
+                if _last_of(session) != last:
+                    return False, None
+                if (rest := servers.rest_of(server, key)) is not None:
+                    return False, rest
             self._sessions.get_session(
                 key,
                 True,
@@ -213,9 +210,9 @@ class Upkeep:
             )
         except SessionError as error:
             servers.note(server, error)
-            raise
+            return True, error
         servers.note(server, None)
-        return True
+        return True, None
 
     # Cleaning
 
@@ -248,18 +245,17 @@ class _Servers:
         self._failures: dict[str, int] = {}
         self._rests_until: dict[str, float] = {}
 
-    def check(self, server: str, key: str) -> None:
-        """
-        :raises SessionError: ``server`` is left alone at the moment.
-        """
+    def rest_of(self, server: str, key: str) -> SessionError | None:
+        """Why nothing is sent for ``key``, if ``server`` is left alone at the moment."""
         left = self._rests_until.get(server, 0.0) - self._clock()
-        if left > 0:
-            raise SessionError(
-                f"nothing was sent for {printable(key)}: {printable(server)} has failed {self._failures[server]} times "
-                "in a row",
-                retryable=True,
-                retry_after=left,
-            ).about(key)
+        if left <= 0:
+            return None
+        return SessionError(
+            f"nothing was sent for {printable(key)}: {printable(server)} has failed {self._failures[server]} times in "
+            "a row",
+            retryable=True,
+            retry_after=left,
+        ).about(key)
 
     def note(self, server: str, error: SessionError | None) -> None:
         if error is None:

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import Celery
-from celery.exceptions import Retry
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.signals import worker_process_shutdown
 
 from atproto_session import (
@@ -275,6 +275,22 @@ def test_a_worker_ends_when_its_refreshes_have(
         assert celery.happened("ended, refreshed")
         assert network.rotations == 1
         assert crew.scene.refresh_token() != crew.refresh_token
+
+
+def test_a_time_limit_ends_the_task_and_not_its_refresh(
+    network: LocalNetwork, redis_server: str, tmp_path: Path
+) -> None:
+    crew = Crew(network, redis_server, tmp_path, "prefork")
+    hold = network.fault("refresh", "hold")
+    with crew.working():
+        task = crew.celery.send("refresh_in_a_hurry", crew.scene.did)
+        with pytest.raises(SoftTimeLimitExceeded):
+            task.get(timeout=SOON)
+        assert hold.fired.wait(SOON)
+        hold.release.set()
+        assert crew.handle_of(crew.scene.did) == crew.scene.account.handle
+        wait_until(lambda: crew.scene.refresh_token() != crew.refresh_token)
+        assert network.rotations == 1
 
 
 def test_the_beat_keeps_alive(network: LocalNetwork, redis_server: str, tmp_path: Path) -> None:

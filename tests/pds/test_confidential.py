@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import secrets
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,33 @@ def test_sessions_outlive_those_of_public_clients(
             client.restore(did, refresh=True)
         assert "Refresh token expired" in str(caught.value.__cause__)
         assert client.sessions.get_stored(did) is None
+
+
+@pytest.mark.duty(36)
+def test_a_session_that_is_kept_alive_outlives_its_refresh_token(
+    application: Application, real_pds: RealPDS, pds_account: Account
+) -> None:
+    day = timedelta(days=1)
+    with application.deploy(ONE) as client:
+        log_in(real_pds, client, pds_account)
+
+        def idle_for(days: int) -> None:
+            real_pds.age(pds_account, begun=500 * day, refreshed=days * day)
+            session = client.sessions.get_stored(pds_account.did)
+            assert session is not None
+            aged = replace(session, refreshed_at=time.time() - days * day.total_seconds())
+            assert client._store.replace(pds_account.did, aged, session)
+
+        for _ in range(2):  # half a year without anybody who uses it
+            idle_for(89)
+            (result,) = client.keep_alive()
+            assert (result.outcome, result.error) == ("refreshed", None)
+            assert client.keep_alive() == []
+        idle_for(92)
+        (result,) = client.keep_alive()
+        assert result.outcome == "ended"
+        assert "Refresh token expired" in str(result.error)
+        assert list(client.accounts()) == []
 
 
 @pytest.mark.duty(29, 35)

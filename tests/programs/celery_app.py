@@ -7,6 +7,7 @@ end, and ``ended`` with whether the session in question was refreshed, when the 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 from pathlib import Path
@@ -65,8 +66,10 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_enable_remote_control=False,
 )
-metadata = ClientMetadata.loopback(**scene.get("metadata", {}))
-client = OAuthClient(metadata, store=scene["store"], times=RESTLESS, **scene["options"])
+if scene.get("site"):
+    client = importlib.import_module(scene["site"]).client()
+else:
+    client = OAuthClient(ClientMetadata.loopback(), store=scene["store"], times=RESTLESS, **scene["options"])
 add_keep_alive(app, client, schedule=scene["keep_alive_every"], idle=scene["idle"], pace=0)
 
 
@@ -74,6 +77,12 @@ add_keep_alive(app, client, schedule=scene["keep_alive_every"], idle=scene["idle
 def handle_of(did: str, session_id: str | None = None) -> tuple[str, int]:
     """An account's handle, as its server tells it, and which process has asked."""
     return client.restore(did, session_id=session_id).get(GET_SESSION).json()["handle"], os.getpid()
+
+
+@app.task(soft_time_limit=1)
+def refresh_in_a_hurry(did: str) -> None:
+    """Refresh, and have a second for that."""
+    client.restore(did, refresh=True)
 
 
 @app.task
