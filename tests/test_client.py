@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import sqlite3
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +22,12 @@ from atproto_session import (
     DiscoveryError,
     IdentityError,
     LockTimeoutError,
+    MemoryStore,
     OAuthCallbackError,
     OAuthClient,
     OAuthResponseError,
     OAuthSession,
+    Session,
     SessionDeletedEvent,
     SessionError,
     SessionNotFoundError,
@@ -708,3 +711,18 @@ def test_an_account_that_moves_to_another_issuer_has_to_log_in_again(
 def test_a_handle_that_changes_is_no_matter(network: LocalNetwork, client: OAuthClient, session: OAuthSession) -> None:
     network.change_handle(session.did, "bob.test")
     assert client.restore(session.did, refresh=True).get(GET_SESSION).json()["handle"] == "bob.test"
+
+
+def test_a_store_is_told_when_a_log_in_s_thread_ends(network: LocalNetwork, account: Account) -> None:
+    """As with refreshes: it may keep a connection for each thread."""
+
+    class Store(MemoryStore[Session]):
+        def thread_ended(self) -> None:
+            ended.append(threading.current_thread())
+
+    ended: list[threading.Thread] = []
+    metadata = ClientMetadata.loopback(scope="atproto")
+    with OAuthClient(metadata, store=Store(), **network.client_options()) as client:
+        client.authorize(account.did)
+        wait_until(lambda: ended)
+    assert threading.current_thread() not in ended

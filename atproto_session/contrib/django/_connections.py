@@ -134,7 +134,11 @@ class Connections:
             )
         if connection.vendor == "sqlite":
             settings["OPTIONS"]["timeout"] = _LOCKED_WITHIN
-            self._prepare_sqlite(connection)
+            try:
+                self._prepare_sqlite(connection)
+            except BaseException:
+                _close(connection)
+                raise
         return connection
 
     def _prepare_sqlite(self, connection: BaseDatabaseWrapper) -> None:
@@ -310,7 +314,10 @@ def _is_in_test_case(connection: BaseDatabaseWrapper) -> bool:
 
 def _close(connection: BaseDatabaseWrapper) -> None:
     with suppress(Error):  # it has ended already
-        connection.close()
+        if connection.vendor == "sqlite":
+            BaseDatabaseWrapper.close(connection)  # SQLite's own keeps what is in memory
+        else:
+            connection.close()
 
 
 def _cursor(connection: BaseDatabaseWrapper) -> Any:

@@ -7,11 +7,13 @@ from typing import Any
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections, router
+from django.db import connections
+from django.urls import reverse
+from django.utils import translation
 from django.utils.module_loading import import_string
 
 from ...errors import ClientMetadataError
-from .conf import NAME, called, get_option, get_settings
+from .conf import NAME, called, get_alias, get_option, get_settings
 
 _MIDDLEWARE = "atproto_session.contrib.django.middleware.ATProtoMiddleware"
 _BEFORE = "django.contrib.auth.middleware.AuthenticationMiddleware"
@@ -25,7 +27,7 @@ def check_settings(app_configs: Any, **options: Any) -> list[CheckMessage]:
         get_settings()
     except (ClientMetadataError, ImproperlyConfigured) as error:
         return [Error(str(error), id="atproto_session.E001"), *_check_surroundings()]
-    return [*_check_surroundings(), *_check_store()]
+    return [*_check_surroundings(), *_check_store(), *_check_languages()]
 
 
 def _check_surroundings() -> list[CheckMessage]:
@@ -72,9 +74,7 @@ def _is_our_backend(path: str) -> bool:
 def _check_store() -> list[CheckMessage]:
     if get_settings().store != "memory:" or "STORE" in getattr(settings, NAME):
         return []
-    from .models import StoredSession
-
-    alias = get_option("DATABASE") or router.db_for_write(StoredSession)
+    alias = get_alias()
     if alias not in connections.settings:
         return [Error(f"{called('DATABASE')} names no database of DATABASES: {alias!r}", id="atproto_session.E007")]
     vendor = connections[alias].vendor
@@ -88,6 +88,22 @@ def _check_store() -> list[CheckMessage]:
             )
         ]
     return []
+
+
+def _check_languages() -> list[CheckMessage]:
+    paths = set()
+    for code, _ in settings.LANGUAGES:
+        with translation.override(code):
+            paths.add(reverse("atproto:callback"))
+    if len(paths) == 1:
+        return []
+    return [
+        Error(
+            "The pages of the log-in are inside of i18n_patterns(): they would have an address for each language, and "
+            "authorization servers know one.",
+            id="atproto_session.E009",
+        )
+    ]
 
 
 def check_deployment(app_configs: Any, **options: Any) -> list[CheckMessage]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.db import router
 from django.urls import NoReverseMatch, get_script_prefix, reverse
 
 from ...client import OAuthClient
@@ -50,6 +51,13 @@ def get_settings() -> _web.Settings:
     return made
 
 
+def get_alias() -> str:
+    """The database that the sessions are in."""
+    from .models import StoredSession
+
+    return get_option("DATABASE") or router.db_for_write(StoredSession)
+
+
 def get_store() -> FullStore:
     """The store of this process: tables of the project's database, unless ``STORE`` names another.
 
@@ -63,7 +71,7 @@ def get_store() -> FullStore:
         }
         store: Any = _given().get("STORE")
         if store is None:
-            store = DjangoStore(get_option("DATABASE"), **options)
+            store = DjangoStore(get_alias(), **options)
         elif isinstance(store, str):
             store = open_store(store, **options)
         made = _stores.setdefault("", complete(store))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from django.db import connections, router
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ...locks import FileLocks, Hold, LockKind, Locks, ThreadLocks
@@ -30,18 +30,18 @@ class DjangoStore(RowStore):
 
     Locks are advisory locks of PostgreSQL and MySQL, and files beside an SQLite database.
 
-    :param using: the alias of the database; by default the one that the project's routers name.
+    :param using: the alias of the database.
     :param encryption_keys: see :func:`.open_store`.
     :param allow_plaintext: see :func:`.open_store`.
     :raises StoreError: one of the keys is not a Fernet key.
     """
 
     def __init__(
-        self, using: str | None = None, *, encryption_keys: EncryptionKeys = (), allow_plaintext: bool = False
+        self, using: str = DEFAULT_DB_ALIAS, *, encryption_keys: EncryptionKeys = (), allow_plaintext: bool = False
     ) -> None:
         from .models import PendingLogin, StoredSession  # which there are when all apps are loaded
 
-        self.connections = Connections(using or router.db_for_write(StoredSession))
+        self.connections = Connections(using)
         super().__init__(
             DjangoRows(self.connections, StoredSession._meta.db_table),
             DjangoLoginRows(self.connections, PendingLogin._meta.db_table),

@@ -140,10 +140,11 @@ def _log_in(request: HttpRequest, result: CallbackResult) -> tuple[Any, str]:
     user = authenticate(request, atproto=result)
     if user is None:
         return None, "There is no user here for this account."
-    if request.user.is_authenticated and request.user.pk != user.pk:
-        logout(request)
+    accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
+    if (request.user.is_authenticated or accounts.items()) and request.user.pk != user.pk:
+        logout(request)  # or the sessions of the one before would be left over
     login(request, user, backend=_BACKEND)
-    request.atproto.login = result.session.did  # type: ignore[attr-defined]
+    accounts.login = result.session.did
     return Account.objects.get(did=result.session.did), ""
 
 

@@ -66,9 +66,10 @@ def use(database: dict[str, Any], alias: str = OWN) -> None:
 
 def forget(alias: str = OWN) -> None:
     from django.db import connections
+    from django.db.backends.base.base import BaseDatabaseWrapper
 
     if alias in connections.settings:
-        connections[alias].close()
+        BaseDatabaseWrapper.close(connections[alias])  # also one in memory, which SQLite's own would keep
         del connections[alias]
         del connections.settings[alias]
 
@@ -90,7 +91,3 @@ def open_django_store(database: dict[str, Any], **options: Any) -> Any:
     from atproto_session.contrib.django.store import DjangoStore
 
     return DjangoStore(OWN, **options)
-
-
-def locks_in(database: dict[str, Any]) -> Any:
-    return open_django_store(database).locks

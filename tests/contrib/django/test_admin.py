@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from django.test import Client, override_settings
@@ -56,7 +57,7 @@ def test_sessions_cannot_be_made_or_changed(site: LocalNetwork, browser: Client,
     row = StoredSession.objects.get()
     assert admin.get(f"{SESSIONS}add/").status_code == 403
     assert admin.post(f"{SESSIONS}{row.pk}/change/", {"key": "did:plc:other"}).status_code == 403
-    assert b"delete_selected" not in admin.get(SESSIONS).content
+    assert b"Delete selected" not in admin.get(SESSIONS).content
 
 
 @pytest.mark.parametrize("atomic", [False, True])
@@ -71,7 +72,7 @@ def test_sessions_are_ended(site: LocalNetwork, browser: Client, admin: Client, 
     settings = connections["default"].settings_dict
     settings["ATOMIC_REQUESTS"] = atomic
     try:
-        done = admin.post(SESSIONS, {"action": "end_sessions", "_selected_action": [mine.pk]}, follow=True)
+        done = admin.post(SESSIONS, {"action": "delete_selected", "_selected_action": [mine.pk]}, follow=True)
         assert b"1 sessions are ended." in done.content
         assert admin.post(f"{SESSIONS}{theirs.pk}/delete/", {"post": "yes"}).status_code == 302
     finally:
@@ -90,7 +91,7 @@ def test_a_session_that_cannot_be_ended_is_said_so(
         raise StoreError("it cannot be written")
 
     monkeypatch.setattr(get_client(), "revoke", fail)
-    chosen = {"action": "end_sessions", "_selected_action": [StoredSession.objects.get().pk]}
+    chosen = {"action": "delete_selected", "_selected_action": [StoredSession.objects.get().pk]}
     assert b"it cannot be written" in admin.post(SESSIONS, chosen, follow=True).content
     assert StoredSession.objects.count() == 1
 
@@ -121,10 +122,21 @@ def test_a_record_that_cannot_be_read_is_shown_as_that(site: LocalNetwork, brows
         assert b"cannot be read" in admin.get(page).content
 
 
-def test_a_session_that_has_gone_meanwhile(site: LocalNetwork, browser: Client, admin: Client) -> None:
-    log_in(browser, site, site.create_account())
-    with override_settings():
-        assert status_of(None, 0.0) == "over"
+def test_sessions_in_a_database_of_their_own(
+    site: LocalNetwork, browser: Client, admin: Client, own_database: dict[str, Any]
+) -> None:
+    from django.conf import settings
+
+    from atproto_session.contrib.django.conf import NAME
+
+    with override_settings(**{NAME: {**getattr(settings, NAME), "DATABASE": "own"}}):
+        alice = site.create_account()
+        log_in(browser, site, alice)
+        assert StoredSession.objects.count() == 0
+        assert StoredSession.objects.using("own").count() == 1
+        assert alice.did.encode() in admin.get(SESSIONS).content
+        browser.post("/atproto/logout")
+        assert StoredSession.objects.using("own").count() == 0
 
 
 def test_the_states_of_a_session() -> None:
@@ -133,6 +145,7 @@ def test_the_states_of_a_session() -> None:
     late = session.token_set.expires_at.timestamp() + 1  # type: ignore[union-attr]
     without = replace(session, token_set=replace(session.token_set, refresh_token=None))
     for_ever = replace(session, token_set=replace(session.token_set, expires_at=None))
+    assert status_of(None, now) == "over"
     assert status_of(session, now) == "good"
     assert status_of(for_ever, late) == "good"
     assert status_of(session, late) == "to be refreshed when it is used"

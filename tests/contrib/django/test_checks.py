@@ -67,6 +67,11 @@ def test_surroundings_that_are_wrong(changed: dict[str, Any], found: list[str]) 
         assert ids(check_settings) == found
 
 
+def test_pages_that_each_language_has_at_another_address() -> None:
+    with override_settings(ROOT_URLCONF="tests.contrib.django.i18n_urls"):
+        assert ids(check_settings) == ["E009"]
+
+
 def test_a_database_that_there_is_no_store_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from django.db import connections
 

@@ -66,6 +66,5 @@ def test_nothing_needs_a_key_or_a_store_before_it_is_used(tmp_path: Path) -> Non
         "ATPROTO_SESSION = {'PUBLIC_URL': 'https://app.example.com', 'STORE': 'redis://127.0.0.1:1'}\n",
         encoding="utf-8",
     )
-    for command in (["check"], ["migrate"], ["makemigrations", "--check", "--dry-run"]):
-        done = run(*command, folder=tmp_path, DJANGO_SETTINGS_MODULE="elsewhere")
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = run("migrate", folder=tmp_path, DJANGO_SETTINGS_MODULE="elsewhere")  # which checks first
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -55,6 +55,18 @@ def test_one_of_several_accounts_is_over(site: LocalNetwork, browser: Client) ->
     assert browser.get("/data").status_code == 200
 
 
+def test_what_another_user_had_in_this_browser_is_not_left_over(site: LocalNetwork, browser: Client) -> None:
+    """The account that the user has logged in with is over; the other one of the user is still there."""
+    alice, bob, carol = (site.create_account() for _ in range(3))
+    log_in(browser, site, alice)
+    log_in(browser, site, bob, link=True)
+    StoredSession.objects.filter(key__startswith=alice.did).delete()
+    assert who(browser)["user"] is None
+    log_in(browser, site, carol)
+    assert who(browser)["all"] == [carol.did]
+    assert StoredSession.objects.count() == 1
+
+
 def test_the_session_of_another_account_is_over(site: LocalNetwork, browser: Client) -> None:
     alice, bob = site.create_account(), site.create_account()
     log_in(browser, site, alice)

@@ -12,7 +12,7 @@ from cryptography.fernet import Fernet
 
 from atproto_session.locks import Locks
 from atproto_session.stores import FullStore
-from atproto_session.testing.contracts import HOSTILE_KEYS, SharedLocksContract, SharedStoreContract, StoreContract
+from atproto_session.testing.contracts import HOSTILE_KEYS, LocksContract, SharedStoreContract, StoreContract
 
 from . import project
 
@@ -30,12 +30,26 @@ def cut(store: Any, key: str) -> bool:
     return bool(store._rows.update(key, data[:-20], data))
 
 
-@pytest.mark.parametrize("own_database", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize("own_database", ["postgresql"], indirect=True)
 class TestDjangoStore(OnEachDatabase, SharedStoreContract):
     keys = HOSTILE_KEYS
 
     def opener(self, tmp_path: Path) -> Callable[[], FullStore]:
         return partial(project.open_django_store, self.database)
+
+    def damage(self, store: FullStore, key: str) -> bool:
+        return cut(store, key)
+
+    def open_connections(self, store: Any) -> int | None:
+        return len(store.connections._idle)
+
+
+@pytest.mark.parametrize("own_database", ["sqlite"], indirect=True)
+class TestDjangoStoreInAFile(OnEachDatabase, StoreContract):
+    keys = HOSTILE_KEYS
+
+    def make_store(self, tmp_path: Path) -> FullStore:
+        return project.open_django_store(self.database)  # type: ignore[no-any-return]
 
     def damage(self, store: FullStore, key: str) -> bool:
         return cut(store, key)
@@ -61,8 +75,8 @@ class TestEncryptedDjangoStore(OnEachDatabase, StoreContract):
 
 
 @pytest.mark.parametrize("own_database", ["postgresql"], indirect=True)
-class TestDjangoLocks(OnEachDatabase, SharedLocksContract):
+class TestDjangoLocks(OnEachDatabase, LocksContract):
     """Those of PostgreSQL; in full they are tested with the store in a database of one's own."""
 
-    def opener(self, tmp_path: Path) -> Callable[[], Locks]:
-        return partial(project.locks_in, self.database)
+    def make_locks(self, tmp_path: Path) -> Locks:
+        return project.open_django_store(self.database).locks  # type: ignore[no-any-return]
