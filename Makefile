@@ -15,7 +15,7 @@ ON_SERVERS := atproto_session/locks/redis.py,atproto_session/locks/sql.py,atprot
 ON_SERVERS := $(ON_SERVERS),atproto_session/stores/sql.py
 OMIT       := $(if $(CI),,--omit='$(ON_SERVERS)')
 
-.PHONY: help demo test lint model soak fuzz bench clean
+.PHONY: help demo test lint model soak fuzz machines bench clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -54,6 +54,9 @@ soak: $(VENV)/.made  ## faults and kills at random, over many accounts: SECONDS=
 
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
+
+machines: $(VENV)/.made  ## several machines share Redis and PostgreSQL: cuts, pauses, restarts (root, and Debian's servers)
+	$(BIN)/python -m tests.machines
 
 bench: $(VENV)/.made  ## what a request costs, against a bare one
 	$(BIN)/python tests/bench.py

@@ -171,6 +171,20 @@ def test_a_lock_whose_connection_the_server_ends_is_lost_and_known_to_be(sql_url
             assert hold.extend(1.0)
 
 
+def test_a_worker_that_stands_still_keeps_a_lock_for_some_time_only(
+    sql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server cannot tell it from a machine that is gone."""
+    monkeypatch.setattr("atproto_session.locks.sql._LEASE", 1)
+    with (
+        closing(open_store(sql_url)) as store,
+        closing(open_store(sql_url)) as other,
+        store.locks.hold(DID, timeout=0) as hold,
+        other.locks.hold(DID, timeout=SOON),
+    ):
+        assert not hold.extend(1.0)
+
+
 def test_locks_of_another_place_on_the_same_server_are_others(sql_url: str) -> None:
     with (
         closing(open_store(sql_url)) as store,
@@ -529,7 +543,7 @@ class FakeConnection:
 
 
 def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> None:
-    connection = FakeConnection(0, 0, 0, 1, 1)
+    connection = FakeConnection(None, 0, 0, 0, 1, 1)
     began = time.monotonic()
     with SQLLocks(lambda: connection, "mysql").hold(DID, timeout=SOON):
         pass
@@ -538,7 +552,7 @@ def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> 
 
 
 def test_what_a_lock_s_connection_raises_is_a_store_error() -> None:
-    connection = FakeConnection(OSError("gone"))
+    connection = FakeConnection(None, OSError("gone"))
     with pytest.raises(StoreError, match="locks in the database cannot be used: OSError"):
         take(SQLLocks(lambda: connection, "mariadb"), DID)
 
