@@ -15,9 +15,9 @@ ON_SERVERS := atproto_session/locks/redis.py,atproto_session/locks/sql.py,atprot
 ON_SERVERS := $(ON_SERVERS),atproto_session/stores/sql.py
 OMIT       := $(if $(CI),,--omit='$(ON_SERVERS)')
 
-.PHONY: help demo test lint model soak fuzz machines bench clean
+.PHONY: help demo test lint model soak fuzz machines bench bench-scale clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(VENV)/.made: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,9 @@ machines: $(VENV)/.made  ## several machines share Redis and PostgreSQL: cuts, p
 
 bench: $(VENV)/.made  ## what a request costs, against a bare one
 	$(BIN)/python tests/bench.py
+
+bench-scale: $(VENV)/.made  ## what a read costs among a thousand and among a million accounts, in each store
+	$(BIN)/python tests/bench_scale.py
 
 clean:  ## remove what was made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
