@@ -611,3 +611,11 @@ def test_an_error_that_another_library_wraps_is_understood() -> None:
 def test_there_are_no_locks_for_other_databases() -> None:
     with pytest.raises(ValueError, match="not for oracle"):
         SQLLocks(FakeConnection, "oracle")
+
+
+def test_a_child_leaves_a_connection_alone_whose_socket_is_not_known() -> None:
+    connection = FakeConnection(None, 1, 1)
+    locks = SQLLocks(lambda: connection, "mysql")
+    with locks.hold(DID, timeout=SOON):
+        locks.reset_after_fork()
+    assert connection.answers == []
