@@ -16,8 +16,8 @@ ON_SERVERS := atproto_session/locks/redis.py,atproto_session/locks/sql.py,atprot
 ON_SERVERS := $(ON_SERVERS),atproto_session/stores/sql.py
 OMIT       := $(if $(CI),,--omit='$(ON_SERVERS)')
 
-.PHONY: help demo test lint docs dist lowest pythons model transcript soak deployed fuzz bench bench-quick bench-peers extras \
-    clean
+.PHONY: help demo test lint docs dist lowest pythons model transcript soak deployed fuzz machines bench bench-quick \
+    bench-peers bench-scale extras clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
@@ -79,6 +79,9 @@ deployed: $(VENV)/.made  ## gunicorn and Celery over one store, over restarts an
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
 
+machines: $(VENV)/.made  ## several machines share Redis and PostgreSQL: cuts, pauses, restarts (root, and Debian's servers)
+	$(BIN)/python -m tests.machines
+
 bench: $(VENV)/.made  ## what requests, refreshes and starts cost, against the least that they can cost
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m tests.bench --docs docs
@@ -95,6 +98,9 @@ bench-peers: $(VENV)/.made  ## what other libraries do with one expired session,
 
 extras: $(VENV)/.made  ## install each extra alone, and use it
 	$(BIN)/python -m tests.extras
+
+bench-scale: $(VENV)/.made  ## what a read costs among a thousand and among a million accounts, in each store
+	$(BIN)/python tests/bench_scale.py
 
 clean:  ## remove what was made
 	rm -rf $(VENV) $(PEERS) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

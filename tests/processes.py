@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,11 +34,19 @@ class Program:
     :param module: its name, such as ``programs.late_exit``.
     :param is_measured: whether its coverage is measured, which makes its end slower.
     :param stderr: as :class:`subprocess.Popen` takes it; by default that of the tests.
+    :param prefix: a command that runs it somewhere else.
     """
 
-    def __init__(self, module: str, *arguments: str, is_measured: bool = True, stderr: int | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        is_measured: bool = True,
+        stderr: int | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"tests.{module}", *arguments],
+            [*prefix, sys.executable, "-m", f"tests.{module}", *arguments],
             env=None if is_measured else UNMEASURED,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

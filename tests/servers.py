@@ -72,6 +72,11 @@ class Server(ABC):
     @abstractmethod
     def url(self) -> str: ...
 
+    @property
+    @abstractmethod
+    def local_url(self) -> str:
+        """By a Unix socket, which leads from every network namespace of this machine to it."""
+
     @abstractmethod
     def _prepare(self) -> None:
         """Make what the server begins with."""
@@ -129,10 +134,16 @@ class Server(ABC):
         """Also after :meth:`stop` and :meth:`kill`, at the same port."""
         for _ in range(5):  # another program may take the port in between
             self.port = self.port or free_port()
+            command, options = self._command(), self._as_user()
+            if self._prefix:  # which takes root
+                user = options.pop("user", None)
+                options = {"cwd": self.directory, "stdin": subprocess.DEVNULL}
+                as_user = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+                command = [*self._prefix, *as_user, *command]
             with (self.directory / "log").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [*self._prefix, *self._command()],
-                    **self._as_user(),  # type: ignore[call-overload]
+                    command,
+                    **options,  # type: ignore[call-overload]
                     stdout=log,
                     stderr=log,
                 )
@@ -184,13 +195,27 @@ class Redis(Server):
     def url(self) -> str:
         return f"redis://:{PASSWORD}@{self.host}:{self.port}/0"
 
+    @property
+    def local_url(self) -> str:
+        return f"unix://{self.directory}/socket?password={PASSWORD}"
+
     def _prepare(self) -> None:
         pass
 
     def _command(self) -> list[str]:
         return [
             *(self.find(self.program), "--port", str(self.port), "--bind", self.host, "--dir", str(self.directory)),
-            *("--save", "", "--appendonly", "no", "--requirepass", PASSWORD, *self._arguments),
+            *(
+                "--unixsocket",
+                f"{self.directory}/socket",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--requirepass",
+                PASSWORD,
+                *self._arguments,
+            ),
         ]
 
     def ping(self) -> None:
@@ -198,7 +223,7 @@ class Redis(Server):
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        with redis.Redis.from_url(self.url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as connection:
+        with redis.Redis.from_url(self.local_url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as connection:
             connection.ping()
 
 
@@ -215,6 +240,10 @@ class PostgreSQL(Server):
     def url(self) -> str:
         return f"postgresql://postgres:{PASSWORD}@{self.host}:{self.port}/postgres"
 
+    @property
+    def local_url(self) -> str:
+        return f"postgresql://postgres:{PASSWORD}@/postgres?host={self.directory}&port={self.port}"
+
     def _prepare(self) -> None:
         password = self.directory / "password"
         password.write_text(PASSWORD, encoding="ascii")
@@ -223,6 +252,8 @@ class PostgreSQL(Server):
             *(self.find("initdb"), "--pgdata", str(self.directory / "data"), "--username", "postgres"),
             *("--pwfile", str(password), "--auth", "password", "--no-sync", "--encoding", "UTF8", "--locale", "C"),
         )
+        with (self.directory / "data" / "pg_hba.conf").open("a", encoding="ascii") as hosts:
+            hosts.write("host all all all password\n")
 
     def _command(self) -> list[str]:
         options = {
@@ -230,7 +261,6 @@ class PostgreSQL(Server):
             "unix_socket_directories": str(self.directory),
             "fsync": "off",
             "full_page_writes": "off",
-            "synchronous_commit": "off",
             "max_connections": "200",
             "shared_buffers": "64MB",
             "max_wal_size": "4GB",
@@ -256,7 +286,7 @@ class PostgreSQL(Server):
     def ping(self) -> None:
         import psycopg
 
-        psycopg.connect(self.url, connect_timeout=5).close()
+        psycopg.connect(self.local_url, connect_timeout=5).close()
 
 
 class MySQL(Server):
@@ -267,6 +297,10 @@ class MySQL(Server):
     @property
     def url(self) -> str:
         return f"mysql://tester:{PASSWORD}@{self.host}:{self.port}/tests"
+
+    @property
+    def local_url(self) -> str:
+        return f"mysql://tester:{PASSWORD}@/tests?unix_socket={self.directory}/socket"
 
     def _prepare(self) -> None:
         script = self.directory / "begin.sql"

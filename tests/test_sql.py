@@ -17,6 +17,7 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import MetaData, create_engine, event, make_url
 
+from atproto_session import Session, SessionGetter
 from atproto_session.errors import CancelledError, LockTimeoutError, StoreError
 from atproto_session.locks import Locks
 from atproto_session.locks.sql import SQLLocks
@@ -31,7 +32,7 @@ from atproto_session.testing.contracts import (
     make_session,
 )
 
-from .core import SOON, Worker, wait_until
+from .core import QUICK, SOON, FakeAuthority, Gate, Worker, expired_session, wait_until
 from .processes import forked
 from .servers import PASSWORD, PostgreSQL
 
@@ -169,6 +170,45 @@ def test_a_lock_whose_connection_the_server_ends_is_lost_and_known_to_be(sql_url
             assert not hold.extend(1.0)
         with store.locks.hold(DID, timeout=SOON) as hold:
             assert hold.extend(1.0)
+
+
+def test_a_lock_that_ends_in_the_middle_of_a_refresh_lets_nobody_send_again(sql_url: str) -> None:
+    """The server ends its connection when the request has left, and another worker gets the lock."""
+    with closing(open_store(sql_url)) as store, closing(open_store(sql_url)) as other:
+        store.set(DID, expired_session())
+        authority, answer = FakeAuthority(), Gate()
+
+        def end_the_lock(session: Session) -> None:
+            (hold,) = store.locks._holds  # type: ignore[attr-defined]
+            end_connection(hold._connection, sql_url)
+            answer()
+
+        authority.on_send = end_the_lock
+        getters = [SessionGetter(one, authority, times=QUICK) for one in (store, other)]
+        first = Worker(lambda: getters[0].get_session(DID))
+        answer.wait_until_reached()
+        second = Worker(lambda: getters[1].get_session(DID))
+        wait_until(lambda: any(hold._is_held for hold in list(other.locks._holds)))  # type: ignore[attr-defined]
+        answer.open()
+        outcomes = [first.outcome(), second.outcome()]
+        assert [one.token_set.access_token for one in outcomes if isinstance(one, Session)] == ["access-2"] * 2
+        assert authority.sends == 1
+        for getter in getters:
+            getter.close()
+
+
+def test_a_worker_that_stands_still_keeps_a_lock_for_some_time_only(
+    sql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server cannot tell it from a machine that is gone."""
+    monkeypatch.setattr("atproto_session.locks.sql._LEASE", 1)
+    with (
+        closing(open_store(sql_url)) as store,
+        closing(open_store(sql_url)) as other,
+        store.locks.hold(DID, timeout=0) as hold,
+        other.locks.hold(DID, timeout=SOON),
+    ):
+        assert not hold.extend(1.0)
 
 
 def test_locks_of_another_place_on_the_same_server_are_others(sql_url: str) -> None:
@@ -529,7 +569,7 @@ class FakeConnection:
 
 
 def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> None:
-    connection = FakeConnection(0, 0, 0, 1, 1)
+    connection = FakeConnection(None, 0, 0, 0, 1, 1)
     began = time.monotonic()
     with SQLLocks(lambda: connection, "mysql").hold(DID, timeout=SOON):
         pass
@@ -538,7 +578,7 @@ def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> 
 
 
 def test_what_a_lock_s_connection_raises_is_a_store_error() -> None:
-    connection = FakeConnection(OSError("gone"))
+    connection = FakeConnection(None, OSError("gone"))
     with pytest.raises(StoreError, match="locks in the database cannot be used: OSError"):
         take(SQLLocks(lambda: connection, "mariadb"), DID)
 
@@ -571,3 +611,11 @@ def test_an_error_that_another_library_wraps_is_understood() -> None:
 def test_there_are_no_locks_for_other_databases() -> None:
     with pytest.raises(ValueError, match="not for oracle"):
         SQLLocks(FakeConnection, "oracle")
+
+
+def test_a_child_leaves_a_connection_alone_whose_socket_is_not_known() -> None:
+    connection = FakeConnection(None, 1, 1)
+    locks = SQLLocks(lambda: connection, "mysql")
+    with locks.hold(DID, timeout=SOON):
+        locks.reset_after_fork()
+    assert connection.answers == []

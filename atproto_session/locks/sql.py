@@ -19,6 +19,9 @@ from .threads import ThreadLocks
 
 #: How long one wait on the server lasts, in seconds. In between, ``cancel`` is looked at.
 _SLICE = 0.25
+#: How long the server keeps a lock whose worker says nothing, in seconds: as long as an attempt (``Times.window``), so
+#: that whoever waits for a worker that died elsewhere waits for both at once.
+_LEASE = 15
 #: The pause after a server that rounds a slice to nothing, in seconds.
 _PAUSE = 0.02
 #: Connections of a parent, kept in its child for good: to close one, or to collect it, would end it for the parent.
@@ -28,8 +31,10 @@ _inherited: list[Any] = []
 class SQLLocks:
     """A lock for each name, each on a connection of its own, which the database gives up when that connection ends.
 
-    It may end before its holder does: a server that restarts, a firewall, a proxy. So the next one that gets the lock
-    knows nothing about the one before (``LockKind.LEASE``), and it is the record that keeps the two apart.
+    It may end before its holder does: a server that restarts, a firewall, a proxy. And the server ends one that was
+    silent for 15 seconds, since it cannot know whether there still is a machine at its other end. So the next one that
+    gets the lock knows nothing about the one before (``LockKind.LEASE``), and it is the record that keeps the two
+    apart.
 
     Threads of one process queue at a :class:`ThreadLocks` first, so that at most one connection of a process waits for
     a name. The database knows names by their hash.
@@ -164,21 +169,19 @@ class PostgreSQLHold(SQLHold):
 
     def _try_for(self, seconds: float) -> bool:
         self._ask("BEGIN")
-        if seconds <= 0:
-            got = bool(self._ask("SELECT pg_try_advisory_xact_lock(%s)", self._number))
-        else:
-            got = self._wait(seconds)
+        # Whatever bounds the database or the role may have.
+        self._ask(
+            "SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', %s, true),"
+            " set_config('idle_in_transaction_session_timeout', %s, true)",
+            f"{max(1, round(seconds * 1000))}ms",
+            f"{_LEASE}s",
+        )
+        got = self._wait() if seconds > 0 else bool(self._ask("SELECT pg_try_advisory_xact_lock(%s)", self._number))
         if not got:
             self._ask("ROLLBACK")
         return got
 
-    def _wait(self, seconds: float) -> bool:
-        # Bounds that the database or the role may have do not end what is waited for or held here.
-        self._ask(
-            "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', '0', true),"
-            " set_config('idle_in_transaction_session_timeout', '0', true)",
-            f"{max(1, round(seconds * 1000))}ms",
-        )
+    def _wait(self) -> bool:
         try:
             self._ask("SELECT pg_advisory_xact_lock(%s)", self._number)
         except Exception as error:
@@ -206,6 +209,7 @@ class MySQLHold(SQLHold):
 
     def _begin(self) -> None:
         self.lock = f"atproto:{self._digest.hexdigest()}"  # at most 64 characters
+        self._ask("SET SESSION wait_timeout = %s", _LEASE)
 
     def _try_for(self, seconds: float) -> bool:
         began = time.monotonic()

@@ -184,7 +184,9 @@ class _Database:
         """A connection outside of the pool, in autocommit mode."""
         if self._is_closed:
             raise StoreError("the store is closed")
-        return self._apart.raw_connection()
+        connection = self._apart.raw_connection()
+        connection.detach()  # SQLAlchemy would log that one has ended which is to be closed
+        return connection.dbapi_connection
 
     def close(self) -> None:
         self._is_closed = True

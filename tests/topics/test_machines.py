@@ -1,0 +1,31 @@
+"""Workers on several machines that share one server. ``make machines`` makes many more rounds of this."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ..machines import FEW, check_possible, go_through, go_without_locks
+from ..servers import Missing
+
+
+@pytest.fixture(autouse=True)
+def possible(redis_server: str, postgresql_server: str) -> None:
+    try:
+        check_possible()
+    except Missing as missing:
+        if os.environ.get("CI"):  # where nobody would notice
+            pytest.fail(str(missing), pytrace=False)
+        pytest.skip(str(missing))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["redis", "postgresql"])
+def test_what_is_promised_on_many_machines(engine: str) -> None:
+    assert len(list(go_through(engine, FEW))) == 6
+
+
+@pytest.mark.parametrize("engine", ["redis", "postgresql"])
+def test_compare_and_set_is_enough(engine: str) -> None:
+    list(go_without_locks(engine, FEW))
