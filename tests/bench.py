@@ -84,7 +84,7 @@ def imports(turns: int) -> float:
 
     rounds = [(cost("nothing"), cost("imports"), cost("dependencies")) for _ in range(turns)]
     nothing, ours, others = (min(column) for column in zip(*rounds, strict=True))
-    return (ours - nothing) / (others - nothing)
+    return float((ours - nothing) / (others - nothing))
 
 
 def first_call(turns: int) -> float:
