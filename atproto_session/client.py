@@ -155,7 +155,7 @@ class OAuthClient:
             discovery=self._discovery,
             authority=self._authority,
         )
-        self._flights: Flights[Any] = Flights()
+        self._flights: Flights[Any] = Flights(thread_ended=getattr(self._store, "thread_ended", None))
         self.sessions = SessionGetter(
             self._store,
             self._authority,

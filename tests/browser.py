@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -165,16 +166,17 @@ class Chromium:
 
 
 @contextmanager
-def served(wsgi: Any, host: str = "127.0.0.1") -> Iterator[str]:
+def served(wsgi: Any, host: str = "127.0.0.1", *, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A WSGI application on a free port, each request in a thread; the origin that it is at.
 
-    :param host: ``"127.0.0.1"`` or ``"localhost"``.
+    :param host: ``"127.0.0.1"`` or ``"localhost"``; or one that the browser was told of.
+    :param tls: for https.
     """
-    server = make_server("127.0.0.1", 0, wsgi, threaded=True)
+    server = make_server("127.0.0.1", 0, wsgi, threaded=True, ssl_context=tls)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://{host}:{server.port}"
+        yield f"http{'s' if tls else ''}://{host}:{server.port}"
     finally:
         server.shutdown()
         thread.join()

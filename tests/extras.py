@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
@@ -70,23 +71,24 @@ class Blocker(MetaPathFinder):
     def __init__(self, extra: str) -> None:
         allowed = closure(extra) | {_MEASURES}
         modules = importlib.metadata.packages_distributions()
-        self._blocked = {
+        self.blocked = {
             module for module, owners in modules.items() if not allowed & {_normal(owner) for owner in owners}
         }
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] in self._blocked:
+        if name.partition(".")[0] in self.blocked:
             raise ModuleNotFoundError(f"{name} does not come with this extra", name=name)
 
 
 def smoke(extra: str) -> None:
     """Use the extra. Raises whatever is wrong."""
-    sys.meta_path.insert(0, Blocker(extra))
+    blocker = Blocker(extra)
+    sys.meta_path.insert(0, blocker)
     program = PROGRAMS / f"{extra}.py"
     if program.exists():
         runpy.run_path(str(program), run_name="__main__")
     else:
-        using = sorted(modules_of(extra))
+        using = sorted(modules_of(extra, blocker.blocked))
         if not using:
             raise SystemExit(f"no module uses the extra {extra}, and there is no {program}")
         for module in using:
@@ -94,15 +96,16 @@ def smoke(extra: str) -> None:
     print("works")
 
 
-def modules_of(extra: str) -> Iterator[str]:
-    """The modules of the library that import, somewhere, what the extra brings itself."""
+def modules_of(extra: str, missing: Set[str]) -> Iterator[str]:
+    """The modules of the library that import, somewhere, what the extra brings itself, and nothing that is missing."""
     brought = {name for name, _ in requirements(NAME, [extra])} - {name for name, _ in requirements(NAME, [])}
     owners = importlib.metadata.packages_distributions()
     names = {module for module, of in owners.items() if brought & {_normal(owner) for owner in of}}
     package = importlib.import_module("atproto_session")
     root = Path(package.__file__ or "").parent
     for path in root.rglob("*.py"):
-        if names & set(_imported(path)):
+        imported = set(_imported(path))
+        if imported & names and not imported & missing:
             parts = path.relative_to(root.parent).with_suffix("").parts
             yield ".".join(parts).removesuffix(".__init__")
 
@@ -121,7 +124,7 @@ def build(folder: Path) -> Path:
     shutil.copytree(HERE.parent / "atproto_session", source / "atproto_session")
     for name in ("setup.cfg", "pyproject.toml", "README.rst", "LICENSE"):
         shutil.copy(HERE.parent / name, source)
-    _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", wheels, source)
+    _pip("wheel", "--no-deps", "--wheel-dir", wheels, source)
     (wheel,) = wheels.iterdir()
     return wheel
 
@@ -129,26 +132,29 @@ def build(folder: Path) -> Path:
 def install(wheel: Path, extra: str) -> None:
     """Install the extra alone into an empty environment, and use it there."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
+        venv.create(folder)
         python = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        _pip(python, "install", f"{wheel}[{extra}]")
-        subprocess.run([python, "-P", __file__, extra], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        _pip("--python", python, "install", f"{wheel}[{extra}]")
+        _run(python, "-P", __file__, extra, cwd=folder)
 
 
-def _pip(python: str | Path, command: str, *arguments: str | Path) -> None:
-    subprocess.run(
-        [python, "-m", "pip", "--disable-pip-version-check", command, "--quiet", *arguments],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+def _pip(*arguments: str | Path) -> None:
+    _run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def _run(*command: str | Path, cwd: str | None = None) -> None:
+    """What a program says is of interest only if it fails."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(Path(folder))
-        for extra in extras():
-            install(wheel, extra)
-            print(f"{extra} works alone", flush=True)
+        with ThreadPoolExecutor(4) as pool:
+            for extra, _ in zip(extras(), pool.map(lambda extra: install(wheel, extra), extras()), strict=True):
+                print(f"{extra} works alone", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from atproto_session.testing.network import Account, LocalNetwork
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+EXAMPLES = sorted((DOCS / "examples").rglob("[!_]*.py"))
 DOCUMENTS = [*(ROOT / f"{name}.rst" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted(DOCS.glob("*.rst"))]
 
 CODE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1   .*\n|\n)+)", re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_what_an_extra_does_not_bring_is_missed(tmp_path: Path) -> None:
 
 
 def test_the_programs_are_those_of_extras() -> None:
-    assert {program.stem for program in PROGRAMS.glob("[!_]*.py")} <= set(extras())
+    known = importlib.metadata.metadata(NAME).get_all("Provides-Extra") or ()
+    assert {program.stem for program in PROGRAMS.glob("[!_]*.py")} <= set(known)
 
 
 def test_what_comes_with_an_extra() -> None:

@@ -441,3 +441,18 @@ def test_a_keyset_takes_no_key_of_another_algorithm() -> None:
     }
     with pytest.raises(ClientMetadataError, match="crv is not P-256"):
         Keyset([{"kty": "EC", "crv": "secp256k1", **key}])
+
+
+def test_keys_of_a_setting() -> None:
+    pem = pem_of(load_private_key(KNOWN))
+    texts: list[Any] = [pem, pem.encode(), pem.replace("\n", "\\n"), [pem], iter([pem])]
+    for setting in texts:
+        assert list(Keyset.of(setting)) == list(Keyset.from_pem(pem))
+    one, two = generate_jwk() | {"kid": "one"}, generate_jwk() | {"kid": "two"}
+    jwks: list[Any] = [one, json.dumps(one), {"keys": [one]}, [one]]
+    for setting in jwks:
+        assert list(Keyset.of(setting)) == ["one"]
+    assert list(Keyset.of([one, {"keys": [two]}, pem]))[:2] == ["one", "two"]
+    wrong: list[Any] = [5, None, [5], [], "", {}, [{"keys": 5}], "secret-d", [{"d": "secret-d"}]]
+    for setting in wrong:
+        refusal(lambda setting=setting: Keyset.of(setting), "secret-d")  # type: ignore[misc]

@@ -30,6 +30,22 @@ def test_a_log_in_ends_in_the_browser_that_began_it(
     assert network.requests("/oauth/token") <= 2, "and nothing was exchanged"
 
 
+def test_each_log_in_of_a_browser_may_have_a_secret_of_its_own(
+    network: LocalNetwork, client: OAuthClient, account: Account
+) -> None:
+    def begun(bound_to: str) -> str:
+        return network.authorize(client.authorize(account.did, bound_to=bound_to), account)
+
+    first, second = begun("one"), begun("two")
+    assert client.callback(second, bound_to=["one", "two"]).session.did == account.did
+    assert client.callback(first, bound_to=("one",)).session.did == account.did
+    for secrets in (["two"], [], {"On", "e"}):
+        with pytest.raises(OAuthCallbackError, match="another browser"):
+            client.callback(begun("one"), bound_to=secrets)
+    with pytest.raises(TypeError, match="bound_to is a string, not int"):
+        client.callback(first, bound_to=[1])  # type: ignore[list-item]
+
+
 def test_a_log_in_tells_the_verified_handle(network: LocalNetwork, client: OAuthClient, account: Account) -> None:
     result = client.callback(network.authorize(client.authorize(account.handle, state="mine"), account))
     assert (result.handle, result.state) == (account.handle, "mine")

@@ -424,8 +424,12 @@ def end_login(
 
 
 def _read_state(state: str | None) -> tuple[str, str | None]:
-    name, target = ("", None) if state is None else json.loads(state)
-    return name, target
+    """The name of the ticket and ``next``. A log-in that was begun in another way has neither."""
+    try:
+        name, target = json.loads(state or "")
+    except (ValueError, TypeError):
+        return "", None
+    return str(name), safe_next(target)
 
 
 # Errors

@@ -46,7 +46,7 @@ from werkzeug.local import LocalProxy
 from werkzeug.urls import iri_to_uri
 
 from ..client import OAuthClient
-from ..errors import SessionError
+from ..errors import SessionError, printable
 from ..oauth_session import OAuthSession
 from . import _web
 from ._web import Problem, Settings
@@ -183,6 +183,36 @@ class ATProto:
         target = _here() if request.method in ("GET", "HEAD") else None
         return _see_other(url_for("atproto.login", next=target))
 
+    def begin_login(self, account: str, next: str | None = None, **options: Any) -> Response:
+        """Begin a log-in in a view of your own, for instance with other scopes than usual, or to make an account. The
+        view answers a POST of a form in a page of the application; pages of others are refused.
+
+        :param account: a handle, a DID, or the URL of a server.
+        :param next: the path to go to afterwards.
+        :param options: those of :meth:`.OAuthClient.authorize`: ``scope``, ``prompt`` and so on.
+        :return: what sends the browser on.
+        :raises SessionError: see :meth:`.OAuthClient.authorize`.
+        :raises RuntimeError: Flask has no ``SECRET_KEY``.
+        """
+        _refuse_foreign_pages()
+        if (moved := _moved_for_login(account, next)) is not None:
+            return moved
+        if current_app.session_interface.is_null_session(session):
+            raise RuntimeError("to remember who is logged in, Flask needs a SECRET_KEY")
+        login = _web.begin_login(
+            self.settings, self.client, account, own=_own_origin(), cookies=request.cookies, next=next, **options
+        )
+        response = _see_other(login.url)
+        response.set_cookie(
+            login.ticket.name,
+            login.ticket.secret,
+            max_age=_web.TICKET_LIFETIME,
+            secure=login.ticket.secure,
+            httponly=True,
+            samesite="Lax",
+        )
+        return _without_cookies(response, login.stale)
+
     def _answer(self, error: Exception) -> Response:
         """The error handler."""
         did, session_id = _ids()
@@ -313,30 +343,13 @@ def _show_login() -> Response:
 def _begin() -> Response:
     _refuse_foreign_pages()
     account, target = request.form.get("account", "").strip(), request.form.get("next")
-    if (moved := _moved_for_login(account, target)) is not None:
-        return moved
     if not account:
         problem = Problem(HTTPStatus.BAD_REQUEST, "no_account", "Please enter the name of your account.")
         return _login_page(problem, account, target)
-    if current_app.session_interface.is_null_session(session):
-        raise RuntimeError("to remember who is logged in, Flask needs a SECRET_KEY")
-    state = _state()
     try:
-        login = _web.begin_login(
-            state.settings, state.client, account, own=_own_origin(), cookies=request.cookies, next=target
-        )
+        return ATProto().begin_login(account, target)
     except SessionError as error:
         return _login_page(_problem_of_login(error), account, target)
-    response = _see_other(login.url)
-    response.set_cookie(
-        login.ticket.name,
-        login.ticket.secret,
-        max_age=_web.TICKET_LIFETIME,
-        secure=login.ticket.secure,
-        httponly=True,
-        samesite="Lax",
-    )
-    return _without_cookies(response, login.stale)
 
 
 def _callback() -> Response:
@@ -345,10 +358,11 @@ def _callback() -> Response:
     if isinstance(ended, _web.FailedLogin):
         return _without_cookies(_login_page(_problem_of_login(ended.error), "", ended.next), ended.stale)
     opened, before = ended.result.session, _ids()
-    # A session that is kept on the server gets another id: the one it had may be known to somebody.
+    _remember(opened.did, ended.session_id)
+    # A session that is kept on the server gets another id: the one it had may be known to somebody. Flask-Session does
+    # that only if there is something in it.
     if (regenerate := getattr(current_app.session_interface, "regenerate", None)) is not None:
         regenerate(session)
-    _remember(opened.did, ended.session_id)
     opened.total_timeout = _TOTAL_TIMEOUT
     g.atproto = Account(ATProto(), opened.did, ended.session_id, opened)
     try:
@@ -407,6 +421,10 @@ def _refuse_foreign_pages() -> None:
         problem = Problem(HTTPStatus.FORBIDDEN, "foreign_page", "This form was sent by a page of another site.")
         page = _as_json(problem) if _wants_json() else _page(problem, "atproto/problem.html")
         abort(page)
+    # Flask-WTF has checked its token already, unless WTF_CSRF_CHECK_DEFAULT leaves that to the views.
+    csrf = current_app.extensions.get("csrf")
+    if csrf is not None and current_app.config.get("WTF_CSRF_ENABLED") and not g.get("csrf_valid"):
+        csrf.protect()
 
 
 def _moved_for_login(account: str | None, target: str | None) -> Response | None:
@@ -420,7 +438,8 @@ def _moved_for_login(account: str | None, target: str | None) -> Response | None
 def _login_page(problem: Problem | None, account: str, target: object) -> Response:
     if problem is not None and _wants_json():
         return _as_json(problem)
-    return _page(problem, "atproto/login.html", account=account, next=_web.safe_next(target) or "")
+    values = {"atproto_account": account, "atproto_next": _web.safe_next(target)}
+    return _page(problem, "atproto/login.html", **values)
 
 
 def _problem_of_login(error: SessionError) -> Problem:
@@ -460,7 +479,7 @@ def _log_answer(error: Exception, problem: Problem) -> None:
     log.warning(
         "%s %s was answered with %d: %s",
         request.method,
-        request.path,
+        printable(request.path),
         problem.status,
         error,
         exc_info=error if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR else None,

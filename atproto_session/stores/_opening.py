@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: Other packages add schemes of their own in this group of entry points; one names a :class:`Backend`.
 GROUP = "atproto_session.stores"
 
-_EXAMPLES = "memory:, json:///directory and sqlite:///file.db"
+_EXAMPLES = "memory:, json:///directory, sqlite:///file.db, redis://, postgresql:// and mysql://"
 
 
 class Backend(Protocol):
@@ -34,14 +35,19 @@ class Backend(Protocol):
 
 #: They need no look at what is installed, which a program that was frozen may not even know, and nobody replaces them.
 _OWN: dict[str, Backend] = {"json": JSONStore, "memory": MemoryStore, "sqlite": SQLiteStore}
+#: Those that are imported when they are asked for, since they need an extra: the module here, its class, and the extra.
+_WITH_EXTRA = dict.fromkeys(("redis", "rediss", "unix", "valkey", "valkeys"), ("redis", "RedisStore", "redis"))
+_WITH_EXTRA |= dict.fromkeys(("postgresql", "postgres", "mysql", "mariadb"), ("sql", "SQLStore", "sql"))
 
 
 def open_store(url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintext: bool = False) -> FullStore:
     """The store that ``url`` names.
 
     ``memory:``, ``json:///directory`` or ``sqlite:///file.db``. Paths are written as SQLAlchemy writes them: three
-    slashes and a relative path, or four in all for an absolute one. Other packages add schemes by an entry point in the
-    group ``atproto_session.stores``, which has the scheme as its name and leads to a :class:`.Backend`.
+    slashes and a relative path, or four in all for an absolute one. ``redis://host:6379/0``, with the extra ``redis``;
+    ``postgresql://user:password@host/database`` or ``mysql://...``, with the extra ``sql``. Other packages add schemes
+    by an entry point in the group ``atproto_session.stores``, which has the scheme as its name and leads to a
+    :class:`.Backend`.
 
     :param encryption_keys: Fernet keys: records are encrypted with the first and can be read with any of them. To
         rotate, put the new key first, restart every worker, call :func:`.rotate_encryption`, and take the old key out
@@ -64,8 +70,19 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintex
             f"are {_EXAMPLES}"
         )
     scheme = scheme.partition("+")[0].lower()
-    backend = _OWN.get(scheme) or _installed(scheme)
+    backend = _OWN.get(scheme) or (_with_extra(scheme) if scheme in _WITH_EXTRA else _installed(scheme))
     return backend.from_url(url, encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
+
+
+def _with_extra(scheme: str) -> Any:
+    module, name, extra = _WITH_EXTRA[scheme]
+    try:
+        return getattr(import_module(f".{module}", __package__), name)
+    except ImportError as error:
+        raise StoreError(
+            f"stores of the kind {scheme} need a package that is missing ({error.name}): "
+            f"pip install 'atproto-session[{extra}]'"
+        ) from error
 
 
 def _installed(scheme: str) -> Any:

@@ -14,9 +14,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
+from cachelib import SimpleCache
 from cryptography.fernet import Fernet
-from flask import Flask, abort, render_template_string
+from flask import Flask, abort, render_template_string, session
 from flask.sessions import SecureCookieSessionInterface
+from flask_session import Session
 from flask_wtf import CSRFProtect
 from werkzeug.test import TestResponse
 
@@ -43,11 +45,11 @@ from ..core import RESTLESS, Worker
 from ..processes import ROOT, in_child
 from ..scenes import GET_SESSION
 from .examples import EXAMPLES
+from .test_web import PEM
 
 HERE = "http://127.0.0.1:5000"
 PUBLIC = "https://app.example.com"
 EVIL = {"Origin": "http://127.0.0.1:5001", "Sec-Fetch-Site": "same-site"}
-FORM = '{% include "atproto/login_form.html" %}'
 
 
 def make_app(network: LocalNetwork, store: str = "memory:", **settings: Any) -> Flask:
@@ -470,15 +472,14 @@ def test_a_proxy_may_hide_the_public_address(network: LocalNetwork, account: Acc
     client_of(app).close()
 
 
-def test_settings_come_from_the_environment(
-    network: LocalNetwork, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("keys", [json.dumps(generate_jwk()), PEM], ids=["jwk", "pem"])
+def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
     key = Fernet.generate_key().decode()
     given = {
         "SECRET_KEY": "for tests",
         "ATPROTO_PUBLIC_URL": PUBLIC,
         "ATPROTO_SCOPE": "atproto transition:generic",
-        "ATPROTO_KEYS": json.dumps(generate_jwk()),
+        "ATPROTO_KEYS": keys,
         "ATPROTO_ENCRYPTION_KEYS": json.dumps([key]),
         "ATPROTO_STORE": f"sqlite:///{tmp_path}/sessions.db",
         "ATPROTO_PREFIX": "/account",
@@ -727,6 +728,54 @@ def test_a_refusal_of_the_code(visitor: Visitor, network: LocalNetwork, account:
     assert visitor.get("/").text == "Who are you?"
 
 
+def test_a_callback_may_come_again_if_nothing_was_spent(
+    visitor: Visitor, network: LocalNetwork, account: Account
+) -> None:
+    url = network.authorize(visitor.begin(account, "/data"), account)
+    fault = network.fault("plc", "status", status=503, times=None)
+    assert visitor.come_back(url).status_code == 503
+    fault.disarm()
+    assert visitor.come_back(url).location == "/data"
+    assert visitor.get("/data").status_code == 200
+
+
+def test_a_log_in_that_was_begun_in_another_way(visitor: Visitor, network: LocalNetwork, account: Account) -> None:
+    redirect_uri = f"{HERE}/atproto/callback"
+    for state in ("mine", "[1, 2, 3]", None):
+        url = client_of(visitor.app).authorize(account.did, state=state, redirect_uri=redirect_uri)
+        assert visitor.come_back(network.authorize(url, account)).status_code == 400
+
+
+def test_a_session_of_another_client_is_none(network: LocalNetwork, account: Account, tmp_path: Path) -> None:
+    """In development, another scope makes another client."""
+    store = f"sqlite:///{tmp_path}/sessions.db"
+    before, now = make_app(network, store), make_app(network, store, ATPROTO_SCOPE="atproto transition:generic")
+    visitor = Visitor(before, network)
+    visitor.log_in(account)
+    same = Visitor(now, network).with_cookie(visitor.cookie())
+    assert same.get("/").text == "Who are you?"
+    assert same.get("/data").status_code == 303
+    same.log_in(account)
+    assert same.get("/data").status_code == 200
+    assert visitor.get("/data").status_code == 200, "and is left alone"
+    for app in (before, now):
+        client_of(app).close()
+
+
+def test_a_handler_of_the_application_comes_first(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network)
+    app.register_error_handler(SessionError, lambda error: ("my own", 418))
+    app.register_error_handler(requests.RequestException, lambda error: ("my own", 418))
+    visitor = Visitor(app, network)
+    visitor.log_in(account)
+    network.fault("resource", "status", status=500, times=None)
+    assert visitor.get("/data").status_code == 418
+    network.expire_access_tokens(account.did)
+    network.fault("refresh", "oauth_error", error="invalid_client", times=None)
+    assert visitor.get("/data").status_code == 418
+    client_of(app).close()
+
+
 def test_bugs_stay_errors(visitor: Visitor, account: Account) -> None:
     @visitor.app.get("/bug")
     def bug() -> str:
@@ -806,13 +855,15 @@ def test_the_forms_are_for_any_page(visitor: Visitor, account: Account) -> None:
     @visitor.app.get("/forms")
     def forms() -> str:
         return render_template_string(
-            "{{ current_account.did }}{% include 'atproto/login_form.html' %}{% include 'atproto/logout_form.html' %}"
+            "{{ current_account.did }}{% set atproto_next = request.path %}"
+            "{% include 'atproto/login_form.html' %}{% include 'atproto/logout_form.html' %}"
         )
 
     visitor.log_in(account)
     page = visitor.get("/forms").text
     assert account.did in page
     assert 'action="/atproto/login"' in page
+    assert 'name="next" value="/forms"' in page
     assert 'action="/atproto/logout"' in page
     assert "csrf_token" not in page
 
@@ -826,7 +877,42 @@ def test_sessions_kept_on_the_server_get_another_id(visitor: Visitor, network: L
 
     visitor.app.session_interface = ServerSide()
     visitor.log_in(account)
-    assert regenerated == [False]
+    assert regenerated == [True]
+
+
+def test_an_id_that_somebody_planted_is_not_that_of_a_session_on_the_server(
+    network: LocalNetwork, account: Account
+) -> None:
+    """With Flask-Session. An attacker has a session, and puts its id into the browser of a victim."""
+    app = make_app(network)
+    app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=SimpleCache())
+    Session(app)
+    app.add_url_rule("/cart", view_func=lambda: str(session.setdefault("cart", "full")))
+    attacker = Visitor(app, network)
+    attacker.get("/cart")
+    victim = attacker.with_cookie(attacker.cookie())
+    victim.log_in(account)
+    assert victim.get("/members").status_code == 200
+    assert attacker.get("/members").status_code == 303
+    client_of(app).close()
+
+
+def test_a_view_of_ones_own_begins_a_log_in(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network, ATPROTO_SCOPE="atproto transition:generic")
+    app.add_url_rule(
+        "/more",
+        methods=["POST"],
+        view_func=lambda: ATProto().begin_login(account.did, "/data", scope="atproto", state="overridden"),
+    )
+    visitor = Visitor(app, network)
+    assert visitor.post("/more", EVIL).status_code == 403
+    done = visitor.come_back(network.authorize(visitor.post("/more").location, account))
+    assert done.location == "/data"
+    with app.app_context():
+        assert ATProto().client.restore(account.did, session_id=visitor.ids()[1]).token_info().scope == "atproto"
+    network.fault("par", "oauth_error", error="invalid_scope", times=None)
+    assert visitor.post("/more").status_code == 502
+    client_of(app).close()
 
 
 def test_below_a_mount_point(network: LocalNetwork, account: Account) -> None:
@@ -849,8 +935,16 @@ def test_below_a_mount_point(network: LocalNetwork, account: Account) -> None:
 # Beside other extensions
 
 
-def test_flask_wtf_has_its_say(network: LocalNetwork, account: Account) -> None:
-    app = make_app(network)
+def test_flask_wtf_may_be_switched_off_for_tests(network: LocalNetwork, account: Account) -> None:
+    app = make_app(network, WTF_CSRF_ENABLED=False)
+    CSRFProtect(app)
+    Visitor(app, network).log_in(account)
+    client_of(app).close()
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_flask_wtf_has_its_say(network: LocalNetwork, account: Account, by_default: bool) -> None:
+    app = make_app(network, WTF_CSRF_CHECK_DEFAULT=by_default)
     CSRFProtect(app)
     app.add_url_rule("/out", view_func=lambda: render_template_string('{% include "atproto/logout_form.html" %}'))
     visitor = Visitor(app, network)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import trustme
 from flask.cli import ScriptInfo
 
 from atproto_session.contrib.flask import ATProto
+from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
 from ..browser import Chromium, served
 from .examples import EXAMPLES, flask_example
+
+PUBLIC = "https://app.example.com"
 
 
 class Site:
@@ -201,6 +208,30 @@ def test_a_copied_cookie_opens_nothing_after_the_log_out(
     site.log_in(chromium, account)
     thief.open(f"{site.origin}/")
     assert "Hello" not in thief.text
+
+
+def test_a_person_logs_in_in_production(network: LocalNetwork, account: Account) -> None:
+    """At a public address, over https, with a key."""
+    settings = {"ATPROTO_PUBLIC_URL": PUBLIC, "ATPROTO_KEYS": generate_jwk()}
+    authority, tls = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("app.example.com").configure_cert(tls)
+    with (
+        flask_example("memory:", network.client_options(), **settings) as app,
+        served(app, tls=tls) as origin,
+        closing(Chromium({"app.example.com": urlsplit(origin).port or 0})) as chromium,
+    ):
+        browser = app.test_client()
+        for path in ("/atproto/oauth-client-metadata.json", "/atproto/jwks.json"):
+            network.publish(f"{PUBLIC}{path}", browser.get(path).json)
+        site = Site(network, PUBLIC)
+        site.begin(chromium, account)
+        site.consent(chromium, account)
+        chromium.wait_for("Hello alice.test")
+        site.read_data(chromium, account)
+        assert set(chromium.cookies()) == {"session"}
+        chromium.open(PUBLIC)
+        chromium.press("Log out")
+        chromium.wait_for("Your account")
 
 
 def test_a_server_that_is_down_is_a_page(site: Site, chromium: Chromium, account: Account) -> None:

@@ -28,6 +28,7 @@ from atproto_session import (
     StoreError,
     TokenRefreshError,
 )
+from atproto_session.locks import LockKind
 from atproto_session.session import Attempt
 from atproto_session.stores import open_store, rotate_encryption
 from atproto_session.testing.network import LocalNetwork
@@ -108,6 +109,11 @@ class DeathScene(Scene):
         self.lost: set[str] = set()
         self.had_leftovers = False
 
+    @property
+    def is_in_files(self) -> bool:
+        """Whether the steps of the system are seen as well."""
+        return self.store.startswith(("json", "sqlite"))
+
     def callback_url(self) -> str:
         return self.network.authorize(self.client.authorize(self.did), self.account)
 
@@ -119,7 +125,8 @@ class DeathScene(Scene):
         self.had_leftovers = self.had_leftovers or (leftovers.is_dir() and any(leftovers.iterdir()))
         with closing(open_store(self.store)) as store:
             assert not leftovers.is_dir() or not any(leftovers.iterdir())
-            with store.locks.hold(self.did, timeout=0):
+            # A server may need a moment to see that a connection has ended.
+            with store.locks.hold(self.did, timeout=0 if store.locks.kind is LockKind.HOLDER else SOON):
                 pass
             assert set(store) <= {self.did}
             left = store.get(self.did)
@@ -220,7 +227,7 @@ def test_killed_at_every_step_of_a_refresh(scene: DeathScene, row: DeathRow) -> 
     assert "before replace in store" in became["lost"]
     assert "after replace in store" in became["stored"]
     assert became["stored"][-1] == "after unlock"
-    assert min(map(len, became.values())) >= 3
+    assert min(map(len, became.values())) >= (3 if scene.is_in_files else 2)
     if scene.store.startswith("json"):
         assert scene.had_leftovers
         # That it survives a power failure, nobody can try here: the file reaches the disk before it has its name, and
@@ -267,7 +274,7 @@ def test_killed_at_every_step_of_storing_a_log_in(scene: DeathScene, row: DeathR
             else:
                 assert taken
                 scene.log_in()
-    assert number >= 15
+    assert number >= (15 if scene.is_in_files else 10)
     assert became == {"pending", "gone", "stored"}
 
 

@@ -548,6 +548,8 @@ def test_the_documents_say_how_many_overlaps_there_are(request: pytest.FixtureRe
         pytest.skip("only some of the overlaps are made in this run")
     made = Counter[str]()
     for item in request.session.items:
+        if item.path != request.path:
+            continue  # a test from here that runs over a server as well
         for mark in item.iter_markers("overlaps"):
             fault, rounds = mark.args
             made[fault] += rounds

@@ -1,0 +1,123 @@
+"""What ``manage.py check`` finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, router
+from django.utils.module_loading import import_string
+
+from ...errors import ClientMetadataError
+from .conf import NAME, called, get_option, get_settings
+
+_MIDDLEWARE = "atproto_session.contrib.django.middleware.ATProtoMiddleware"
+_BEFORE = "django.contrib.auth.middleware.AuthenticationMiddleware"
+_BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
+_VENDORS = ("postgresql", "mysql", "sqlite")
+
+
+def check_settings(app_configs: Any, **options: Any) -> list[CheckMessage]:
+    """Whether all that the app needs is there and can be used."""
+    try:
+        get_settings()
+    except (ClientMetadataError, ImproperlyConfigured) as error:
+        return [Error(str(error), id="atproto_session.E001"), *_check_surroundings()]
+    return [*_check_surroundings(), *_check_store()]
+
+
+def _check_surroundings() -> list[CheckMessage]:
+    found: list[CheckMessage] = []
+    middleware = list(settings.MIDDLEWARE)
+    if _MIDDLEWARE not in middleware:
+        found.append(Error(f'MIDDLEWARE has no "{_MIDDLEWARE}".', id="atproto_session.E002"))
+    elif _BEFORE not in middleware[: middleware.index(_MIDDLEWARE)]:
+        found.append(Error(f'In MIDDLEWARE, "{_MIDDLEWARE}" is not behind "{_BEFORE}".', id="atproto_session.E003"))
+    if not any(_is_our_backend(path) for path in settings.AUTHENTICATION_BACKENDS):
+        found.append(
+            Error(
+                f'AUTHENTICATION_BACKENDS has no "{_BACKEND}": nobody could log in with an account.',
+                id="atproto_session.E004",
+            )
+        )
+    if str(settings.SESSION_COOKIE_SAMESITE).lower() == "strict":
+        found.append(
+            Error(
+                'SESSION_COOKIE_SAMESITE is "Strict": a browser that comes back from its authorization server would '
+                "leave its session behind.",
+                hint='"Lax" is Django\'s default.',
+                id="atproto_session.E005",
+            )
+        )
+    try:
+        import_string(get_option("NEW_USER"))
+    except (ImportError, AttributeError, TypeError) as error:
+        found.append(Error(f"{called('NEW_USER')} names no function: {error}", id="atproto_session.E006"))
+    except ImproperlyConfigured:
+        pass  # said by E001
+    return found
+
+
+def _is_our_backend(path: str) -> bool:
+    from .backends import ATProtoBackend
+
+    try:
+        return issubclass(import_string(path), ATProtoBackend)
+    except (ImportError, TypeError):
+        return False  # which Django says itself
+
+
+def _check_store() -> list[CheckMessage]:
+    if get_settings().store != "memory:" or "STORE" in getattr(settings, NAME):
+        return []
+    from .models import StoredSession
+
+    alias = get_option("DATABASE") or router.db_for_write(StoredSession)
+    if alias not in connections.settings:
+        return [Error(f"{called('DATABASE')} names no database of DATABASES: {alias!r}", id="atproto_session.E007")]
+    vendor = connections[alias].vendor
+    if vendor not in _VENDORS:
+        return [
+            Error(
+                f'Sessions cannot be kept in the database "{alias}", which is {vendor}.',
+                hint=f"Name one of PostgreSQL, MySQL, MariaDB or SQLite in {called('DATABASE')}, or a place in "
+                f"{called('STORE')}.",
+                id="atproto_session.E008",
+            )
+        ]
+    return []
+
+
+def check_deployment(app_configs: Any, **options: Any) -> list[CheckMessage]:
+    """What is right for development, and not in production (``check --deploy``)."""
+    try:
+        known = get_settings()
+    except (ClientMetadataError, ImproperlyConfigured):
+        return []  # said by E001
+    found: list[CheckMessage] = []
+    if known.is_development:
+        found.append(
+            Warning(
+                f"{called('PUBLIC_URL')} is not set: this is a client for development, at http://127.0.0.1.",
+                id="atproto_session.W001",
+            )
+        )
+    elif known.keys is None:
+        found.append(
+            Warning(
+                f"{called('KEYS')} is not set: sessions of a client without a key end after two weeks.",
+                hint="manage.py atproto_keygen makes one.",
+                id="atproto_session.W002",
+            )
+        )
+    if not known.encryption_keys:
+        found.append(
+            Warning(
+                f"{called('ENCRYPTION_KEYS')} is not set: who reads the database, or a backup of it, has the tokens.",
+                hint="manage.py atproto_keygen --encryption makes one.",
+                id="atproto_session.W003",
+            )
+        )
+    return found

@@ -1,0 +1,124 @@
+"""Locks that Redis keeps: leases, by redis-py's own lock."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from redis.exceptions import LockError, RedisError
+from redis.lock import Lock
+
+from .._worker import Life, life_of, this_worker
+from ..errors import CancelledError, LockTimeoutError, StoreError, printable
+from . import LockKind
+from .threads import ThreadLocks
+
+#: How long a lock lasts that is not extended, in seconds: as long as an attempt (``Times.window``), so that whoever
+#: waits for a worker that died elsewhere waits for both at once.
+_LEASE = 15.0
+#: How long one wait on the server lasts, in seconds. In between, ``cancel`` and the holder are looked at.
+_SLICE = 0.25
+#: How long it is remembered that a lock was released, in milliseconds, for those who are about to wait for it.
+_SIGNAL_LASTS = 1000
+
+
+class RedisLocks:
+    """A lock for each name, which is a lease: Redis gives it up when its time is over, or forgets it with all else, and
+    its holder may be alive (``LockKind.LEASE``). It is the record that keeps two workers apart.
+
+    Those who wait are told of a release, one at a time. A lock names its worker: that of a worker of this machine whose
+    process is gone is taken at once. Threads of one process queue at a :class:`ThreadLocks` first.
+
+    :param client: a ``redis.Redis`` or ``redis.RedisCluster``.
+    :param prefix: what the names of all keys begin with.
+    """
+
+    kind = LockKind.LEASE
+
+    def __init__(self, client: Any, *, prefix: str = "atproto:") -> None:
+        self._client = client
+        self._prefix = prefix
+        self._threads = ThreadLocks()
+
+    @contextmanager
+    def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[RedisHold]:
+        deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
+        with self._threads.hold(name, timeout=timeout, cancel=cancel):
+            hold = RedisHold(self._client, self._key_of(name))
+            try:
+                while not hold.take():
+                    if cancel is not None and cancel.is_set():
+                        raise CancelledError(f"waiting for the lock of {printable(name)} was cancelled")
+                    if (left := deadline - time.monotonic()) <= 0:
+                        raise LockTimeoutError(f"another worker keeps the lock of {printable(name)}; try again later")
+                    hold.wait(min(left, _SLICE))
+            except RedisError as error:
+                raise StoreError(
+                    f"the locks in Redis cannot be used: {type(error).__name__}", retryable=True
+                ) from error
+            try:
+                yield hold
+            finally:
+                hold.end()
+
+    def _key_of(self, name: str) -> str:
+        # Braces: in a cluster, what they enclose decides where a key lives, and a lock's two have to live together.
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+        return f"{self._prefix}lock:{{{digest}}}"
+
+
+class RedisHold:
+    """
+    :ivar lock: see :class:`.Hold`.
+    """
+
+    def __init__(self, client: Any, lock: str) -> None:
+        self.lock = lock
+        self._client = client
+        self._signal = f"{lock}:released"
+        self._process = os.getpid()
+        self._lock = Lock(client, lock, timeout=_LEASE, thread_local=False)
+
+    def take(self) -> bool:
+        """Whether the lock was free, or that of a worker that is gone."""
+        while True:
+            if self._lock.acquire(blocking=False, token=f"{this_worker()}/{uuid.uuid4().hex}"):
+                return True
+            holder = self._client.get(self.lock)
+            holder = holder.decode("utf-8", "replace") if isinstance(holder, bytes) else holder
+            if holder is None or life_of(holder.rpartition("/")[0]) is not Life.GONE:
+                return False
+            with suppress(LockError):  # another one was faster
+                self._lock.do_release(holder)
+
+    def wait(self, seconds: float) -> None:
+        """Until somebody releases the lock, or so many ``seconds`` have passed."""
+        self._client.blpop([self._signal], timeout=max(0.001, seconds))
+
+    def extend(self, seconds: float) -> bool:
+        """A child forked in the block does not hold it."""
+        if self._process != os.getpid():
+            return False
+        try:
+            return self._lock.extend(max(seconds, _LEASE), replace_ttl=True)
+        except LockError:
+            return False
+        except RedisError as error:
+            raise StoreError(f"the locks in Redis cannot be used: {type(error).__name__}", retryable=True) from error
+
+    def end(self) -> None:
+        if self._process != os.getpid():
+            return
+        with suppress(RedisError):  # the lease runs out by itself; or it has, and is another one's
+            self._lock.release()
+            with self._client.pipeline() as pipeline:
+                pipeline.delete(self._signal)
+                pipeline.rpush(self._signal, 1)
+                pipeline.pexpire(self._signal, _SIGNAL_LASTS)
+                pipeline.execute()

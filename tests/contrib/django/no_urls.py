@@ -1,0 +1,3 @@
+"""A project that has forgotten the pages of the log-in."""
+
+urlpatterns: list[object] = []
