@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,9 @@ import pytest
 
 from atproto_session.testing.network import LocalNetwork
 
+from ..contrib.django.project import database_of, open_django_store
 from ..core import SOON, wait_until
-from ..deployments import Deployment
+from ..deployments import Deployment, unmeasured
 from ..processes import ROOT
 
 PATCHED = ROOT / "tests" / "programs" / "gunicorn_patched.py"
@@ -51,6 +55,34 @@ def deployment(
         yield deployment
 
 
+@pytest.fixture
+def django_deployment(
+    network: LocalNetwork, redis_server: str, postgresql_url: str, tmp_path: Path
+) -> Iterator[Deployment]:
+    """The Django example, with its sessions in PostgreSQL."""
+    account = network.create_account()
+    scene = {"database": database_of(postgresql_url), "options": network.client_options()}
+    subprocess.run(
+        [sys.executable, "-m", "tests.programs.django_site"],
+        env={**unmeasured(), "SITE_SCENE": json.dumps(scene)},
+        cwd=ROOT,
+        check=True,
+    )
+    with Deployment(
+        tmp_path,
+        redis_server,
+        network.client_options(),
+        account,
+        lambda url: network.authorize(url, account),
+        gunicorn=("--workers", "4", "--threads", "4"),
+        pool="prefork",
+        site=("django_site", "/"),
+        store=open_django_store(database_of(postgresql_url)),
+        scene=scene,
+    ) as deployment:
+        yield deployment
+
+
 def hang_up_during_a_refresh(deployment: Deployment, network: LocalNetwork) -> None:
     """The workers that are replaced end their refresh, and the new ones find what it brings."""
     hold = network.fault("refresh", "hold")
@@ -74,6 +106,18 @@ def test_one_refresh_for_each_expiry_and_no_request_is_lost(deployment: Deployme
     for step in steps * int(os.environ.get("ROUNDS", "1")):
         step()
         deployment.settle()
+    check(deployment, network)
+
+
+def test_django_with_its_sessions_in_postgresql(django_deployment: Deployment, network: LocalNetwork) -> None:
+    for step in (django_deployment.hang_up, django_deployment.kill_a_worker, django_deployment.restart_celery):
+        step()
+        django_deployment.settle()
+    check(django_deployment, network)
+
+
+def check(deployment: Deployment, network: LocalNetwork) -> None:
+    """One refresh for each expiry, and nobody has lost a request."""
     deployment.end()
     assert deployment.visitors.failures == []
     assert deployment.senders.failures == []
