@@ -300,13 +300,17 @@ class AccountAuthority:
         under_way, mark = self._under_way, object()
 
         def run() -> T:
-            under_way.add(mark)
             try:
                 return work()
             finally:
                 under_way.discard(mark)
 
-        return work if len(under_way) >= _MOST_ASIDE else alongside(run, _ASIDE)
+        # Counted before it begins, so that no more than the bound ever do.
+        under_way.add(mark)
+        if len(under_way) > _MOST_ASIDE:
+            under_way.discard(mark)
+            return work
+        return alongside(run, _ASIDE)
 
     def reset_after_fork(self) -> None:
         self._under_way: set[object] = set()

@@ -199,7 +199,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], set[str]]] = {
     "ClientMetadata.check_redirect_uri redirect_uri": (lambda value: metadata().check_redirect_uri(value), set()),
     "ClientMetadata.check_scope scope": (lambda value: metadata().check_scope(value), set()),
     "Keyset keys": (Keyset, {"a list"}),
-    "Keyset.of keys": (Keyset.of, {*TEXTS, "bytes", "a mapping"}),
+    "Keyset.of keys": (Keyset.of, {*TEXTS, "bytes", "a list", "an empty list", "a mapping"}),
     "Keyset.generate n": (Keyset.generate, {"a number", "yes"}),
     "Keyset.from_jwks jwks": (Keyset.from_jwks, {*TEXTS, "bytes", "a path", "a mapping"}),
     "Keyset.from_pem pem": (Keyset.from_pem, {*TEXTS, "bytes", "a path", "a mapping"}),

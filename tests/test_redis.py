@@ -293,10 +293,11 @@ def test_tls(redis_server: str, tmp_path: Path) -> None:
             open_store(url)
 
 
-def test_a_unix_socket(redis_server: str, tmp_path: Path) -> None:
-    with Redis("--unixsocket", str(tmp_path / "s")):
+def test_a_unix_socket(redis_server: str) -> None:
+    with Redis() as server:
         for scheme in ("unix", "redis+unix"):
-            with closing(open_store(f"{scheme}://{tmp_path}/s?password={PASSWORD}&prefix=mine:")) as store:
+            url = f"{scheme}://{server.directory}/socket?password={PASSWORD}&prefix=mine:"
+            with closing(open_store(url)) as store:
                 store.set(DID, make_session())
                 assert store.get(DID) == make_session()
                 assert repr(store) == "RedisStore(prefix='mine:')"

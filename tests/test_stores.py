@@ -1721,3 +1721,14 @@ def test_a_record_that_was_written_by_hand_into_sqlite_is_read(tmp_path: Path) -
             connection.execute("UPDATE sessions SET document = 'not a record'")
         with pytest.raises(StoreError, match="damaged"):
             store.get(DID)
+
+
+def test_a_database_that_nobody_has_finished(tmp_path: Path) -> None:
+    """Whoever began to make it was killed, or is doing so at this moment."""
+    path = tmp_path / "sessions.db"
+    path.touch(0o600)
+    with closing(SQLiteStore(path)) as store:
+        store.set(DID, make_session())
+    sqlite._create(path)
+    with closing(SQLiteStore(path)) as store:
+        assert store.get(DID) == make_session()

@@ -7,16 +7,13 @@ from datetime import UTC, datetime
 
 from celery import Celery
 
-from atproto_session import ClientMetadata, OAuthClient
+from atproto_session import OAuthClient
 from atproto_session.contrib.celery import ATProtoTask, add_keep_alive
 
 app = Celery("posts", broker=os.environ.get("CELERY_BROKER_URL", "redis://localhost"), task_cls=ATProtoTask)
 app.conf.update(task_soft_time_limit=60, task_time_limit=120)
 
-client = OAuthClient(
-    ClientMetadata.loopback(scope="atproto transition:generic"),
-    store=os.environ.get("ATPROTO_STORE", "sqlite:///sessions.db"),
-)
+client = OAuthClient.for_scripts()
 add_keep_alive(app, client)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -15,24 +13,10 @@ import requests
 from atproto_session.testing.network import Account
 from tests.pds.harness import Browser, RealPDS
 
+from ..command_line import Process, variables
 from ..core import wait_until
 from ..deployments import Service, unmeasured
 from ..processes import ROOT
-
-#: In each Python that the reader starts: the people and servers of the tutorial are those of the test.
-LOCAL = """
-import json, os
-import atproto_session
-
-class LocalClient(atproto_session.OAuthClient):
-    def __init__(self, metadata, **options):
-        super().__init__(metadata, **json.loads(os.environ["READERS_NETWORK"]), **options)
-
-    def authorize(self, account, **options):
-        return super().authorize(account.replace("alice.example.com", os.environ["READERS_ACCOUNT"]), **options)
-
-atproto_session.OAuthClient = LocalClient
-"""
 
 
 def commands() -> list[str]:
@@ -47,33 +31,19 @@ def test_the_tutorial(
 ) -> None:
     install, install_too, change, log_in, work, post = commands()
     assert install == "sudo apt-get install redis-server"
-    assert install_too == "pip install '.[celery]' redis"
+    assert install_too == "pip install '.[celery,cli]' redis"
     examples = ROOT / change.removeprefix("cd ")
-    (tmp_path / "sitecustomize.py").write_text(LOCAL)
-    environment = unmeasured() | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(examples)]),
-        "READERS_NETWORK": json.dumps(real_pds.client_options()),
-        "READERS_ACCOUNT": pds_account.handle,
-        "BROWSER": "true",  # a program that does nothing: the test is the browser
-        "CELERY_BROKER_URL": redis_server,
-        "ATPROTO_STORE": f"sqlite:///{tmp_path}/sessions.db",
-    }
+    assert log_in == "atproto-session login alice.example.com"
+    environment = unmeasured() | variables(real_pds, f"sqlite:///{tmp_path}/sessions.db")
+    environment |= {"PYTHONPATH": str(examples), "CELERY_BROKER_URL": redis_server}
     worker = Service(tmp_path / "celery.log")
     with ExitStack() as clean_up:
         clean_up.callback(worker.kill)
-        script = subprocess.Popen(
-            [sys.executable, "-u", str(examples / log_in.split()[1]), log_in.split()[2]],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert script.stdout is not None
-        with script.stdout as said:
-            url = said.readline().removeprefix("Log in at ").strip()
-            requests.get(browser.authorize(url, pds_account), timeout=60)
-            did = re.findall(r"The next time: python script.py (\S+)", said.read())[0]
-        assert script.wait(60) == 0
+        with Process("login", pds_account.handle, env={**environment, "BROWSER": "true %s"}) as process:
+            requests.get(browser.authorize(process.url(), pds_account), timeout=60)
+            code, said, complained = process.end()
+        assert code == 0, complained
+        did = re.findall(r"did:plc:\w+", said + complained)[0]
         assert did == pds_account.did
 
         assert work.startswith("celery ")

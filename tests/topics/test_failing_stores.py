@@ -431,7 +431,7 @@ def test_a_file_system_without_locks_spends_nothing(place: Place, monkeypatch: p
         with place.refused("on a file system with file locks", str(place.directory)):
             place.refresh(place.alice)
         with place.refused("on a file system with file locks"):
-            place.open()
+            place.open(f"{place.url}-new")
     assert place.stored(place.alice) == session
     place.check_works()
 
