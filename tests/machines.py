@@ -438,7 +438,8 @@ def lose_everything(stage: Stage) -> None:
         assert error.startswith(("SessionNotFoundError", "TokenRevokedError")), error
     wait_until(lambda: stage.network.revocations == 1)  # what nobody can find again is ended
     log_in(stage.network, stage.client, account)
-    assert tokens_of(all_do(stage.workers, "refresh", did=account.did)) == {stage.token(account)}
+    one.do("refresh", did=account.did)
+    assert tokens_of(all_do(stage.workers, "restore", did=account.did)) == {stage.token(account)}
 
 
 def kill_worker(stage: Stage, kills: int) -> list[float]:
