@@ -225,12 +225,12 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             1.3,
             lambda: least_ratio(bench_requests.waiters(client.sessions._store, turns)),  # type: ignore[arg-type]
         ),
-        Figure("imports", "import atproto_session / its dependencies' own imports", 1.2, 1.9, lambda: imports(turns)),
+        Figure("imports", "import atproto_session / its dependencies' own imports", 1.2, 2.1, lambda: imports(turns)),
         Figure(
             "first_call",
             "a script's first signed call / the same with requests",
             1.5,
-            2.4,
+            2.7,
             lambda: first_call(turns),
         ),
     ]
