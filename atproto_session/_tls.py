@@ -55,11 +55,14 @@ class SharedContext:
             raise
 
     def remember(self, connected: object) -> None:
-        """Keep the session of a connection, which its server may have given after the handshake."""
-        session = connected.session if isinstance(connected, ssl.SSLSocket) else None
+        """Keep the session of a connection, which its server may have given after the handshake. One that began with a
+        session has nothing new: that works until the server has enough of it, and then it gives another."""
+        if not isinstance(connected, ssl.SSLSocket) or connected.session_reused:
+            return
+        session = connected.session
         if session is None:
             return
-        name = str(connected.server_hostname)  # type: ignore[attr-defined]  # a socket
+        name = str(connected.server_hostname)
         self._sessions.pop(name, None)  # the ones that were used last are the last
         self._sessions[name] = session
         if len(self._sessions) > _SESSIONS:

@@ -63,6 +63,8 @@ class TrustedHosts:
         bare = host.strip("[]").lower()
         if bare in self.names:
             return True
+        if ":" not in bare and not bare[-1:].isdigit():
+            return False  # no address, which is seen faster so
         try:
             address = ipaddress.ip_address(bare)
         except ValueError:

@@ -7,6 +7,7 @@ nothing is known about other workers.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from enum import Enum
@@ -21,10 +22,15 @@ class Life(Enum):
     UNKNOWN = "it runs or ran elsewhere, or this machine does not tell"
 
 
+@functools.cache
 def this_worker() -> str:
     """The name of this process: host, machine, number and start."""
     pid = os.getpid()
     return f"{socket.gethostname()}/{_machine()}/{pid}/{_start_of(pid) or ''}"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=this_worker.cache_clear)
 
 
 def life_of(worker: str) -> Life:

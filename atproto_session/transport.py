@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
-from urllib.parse import urljoin
+from urllib.parse import urlencode, urljoin
 
 import requests
 from urllib3.exceptions import HTTPError, InvalidHeader
@@ -216,7 +216,11 @@ class Transport:
             self.check_url(url)
         except ValueError as error:
             raise TransportError(f"not fetched, because the address {error}", retryable=False) from None
-        request = requests.Request(method, url, headers=headers, data=data)
+        if isinstance(data, Mapping):
+            headers = {"Content-Type": "application/x-www-form-urlencoded", **(headers or {})}
+            data = urlencode(data).encode()
+        # To encode nothing as the query takes requests as long as all else that it does; but not with "".
+        request = requests.Request(method, url, headers=headers, data=data, params="")
         response = self._send(request, deadline, limit, lenient=lenient)
         for _ in range(redirects):
             location = response.headers.get("Location")
@@ -227,7 +231,7 @@ class Transport:
             except ValueError as error:
                 message = f"{origin(response.url)} redirects to an address that {printable(str(error))}"
                 raise TransportError(message, sent=True, retryable=False) from None
-            response = self._send(requests.Request("GET", target), deadline, limit, lenient=lenient)
+            response = self._send(requests.Request("GET", target, params=""), deadline, limit, lenient=lenient)
         return response
 
     def get_json(

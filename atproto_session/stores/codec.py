@@ -55,11 +55,13 @@ class Codec:
         check_texts(key=key)
         check_kind("session", session, Session, "a Session")
         try:
-            document = to_document(key, session)
-            from_document(key, document)
-            return self._seal(document)
+            text = _text_of(to_document(key, session))
+            read = from_document(key, json.loads(text))
+            data = self._seal(text)
         except (ValueError, TypeError, OverflowError) as error:
             raise StoreError(f"the session of {printable(key)} cannot be stored: {error}") from error
+        self._keep(key, data, read)
+        return data
 
     def decode(self, key: str, data: bytes | str) -> Session:
         """The session in a record, which is text if it was written by hand.
@@ -70,15 +72,14 @@ class Codec:
         data = data.encode("utf-8", "replace") if isinstance(data, str) else data
         kept = self._young.get(key) or self._old.get(key)
         if kept is not None and kept[0] == data:
-            self._keep(key, kept)
+            self._keep(key, *kept)
             return kept[1]
         try:
             session = from_document(key, self._open(data))
         except ValueError as error:
             # Not chained: the errors of the JSON decoder carry the whole document.
             raise StoreError(f"the session of {printable(key)} cannot be read: {error}") from None
-        if len(data) <= _LONGEST_KEPT:
-            self._keep(key, (data, session))
+        self._keep(key, data, session)
         return session
 
     def key_of(self, data: bytes) -> str:
@@ -98,7 +99,7 @@ class Codec:
         :raises StoreError: ``document`` is not JSON.
         """
         try:
-            return self._seal({"state": state, "expiresAt": expires_at, "login": document})
+            return self._seal(_text_of({"state": state, "expiresAt": expires_at, "login": document}))
         except (ValueError, TypeError) as error:
             raise StoreError(f"the log-in cannot be stored: {error}") from error
 
@@ -117,14 +118,15 @@ class Codec:
             raise StoreError("the log-in cannot be read: it is not the record of this log-in")
         return login if now < expires_at else None
 
-    def _keep(self, key: str, kept: tuple[bytes, Session]) -> None:
+    def _keep(self, key: str, data: bytes, session: Session) -> None:
+        if len(data) > _LONGEST_KEPT:
+            return
         # Without a lock: two threads that do this at once forget more than they had to, and nothing else.
-        self._young[key] = kept
+        self._young[key] = data, session
         if len(self._young) >= _KEPT:
             self._old, self._young = self._young, {}
 
-    def _seal(self, document: dict[str, Any]) -> bytes:
-        data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    def _seal(self, data: bytes) -> bytes:
         return data if self._fernet is None else self._fernet.encrypt(data)
 
     def _open(self, data: bytes) -> dict[str, Any]:
@@ -156,6 +158,10 @@ class Codec:
             raise ValueError(
                 "none of the encryption_keys opens it, or it is damaged: give the key that it was written with as well"
             ) from None
+
+
+def _text_of(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _fernet(encryption_keys: EncryptionKeys) -> MultiFernet | None:
