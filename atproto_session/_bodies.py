@@ -10,8 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from requests.structures import CaseInsensitiveDict
 
@@ -49,8 +48,7 @@ def undo_coding(body: bytes, coding: str, limit: int) -> bytes:
     return plain
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """An answer that holds one JSON object, which is ``body`` once more, in UTF-8."""
 
     status: int

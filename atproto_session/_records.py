@@ -7,8 +7,9 @@ and nothing newer.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from . import _steps as steps
 from ._steps import Protocol
@@ -28,8 +29,7 @@ from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 log = logging.getLogger("atproto_session")
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """What is remembered of a session that this process has deleted.
 
     :ivar at: when, seconds since the epoch.

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 
@@ -23,40 +22,29 @@ T = TypeVar("T")
 Request = Callable[[Session], Session]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One access to what workers share, or to time."""
-
-
 #: Asked as the last thing before a request leaves, in the thread that sends it: for how many seconds from now it may
 #: arrive. Not set for a request that may always.
 may_arrive_for: ContextVar[Callable[[], float] | None] = ContextVar("atproto_session_may_arrive_for", default=None)
 
-#: A protocol that ends with a ``T``.
-Protocol = Generator[Step, Any, T]
 
-
-class Read(Step):
+class Read(NamedTuple):
     """Read the record. Brings the :class:`.Session`, or ``None``."""
 
 
-@dataclass(frozen=True)
-class Replace(Step):
+class Replace(NamedTuple):
     """Compare-and-set (:meth:`.FullStore.replace`). Brings whether it was done."""
 
     session: Session | None
     expected: Session | TokenSet | None
 
 
-@dataclass(frozen=True)
-class Overwrite(Step):
+class Overwrite(NamedTuple):
     """Store ``session``, or delete the record, whatever is there, readable or not."""
 
     session: Session | None
 
 
-@dataclass(frozen=True)
-class Lock(Step):
+class Lock(NamedTuple):
     """Take the account's lock. Brings its name (:attr:`.Hold.lock`).
 
     :ivar waits: whether to wait for another holder.
@@ -65,23 +53,21 @@ class Lock(Step):
     waits: bool = True
 
 
-class Unlock(Step):
+class Unlock(NamedTuple):
     """Release the account's lock."""
 
 
-@dataclass(frozen=True)
-class Extend(Step):
+class Extend(NamedTuple):
     """Brings whether the lock is still held, and will be for so many ``seconds``."""
 
     seconds: float
 
 
-class Now(Step):
+class Now(NamedTuple):
     """Brings the time, in seconds since the epoch."""
 
 
-@dataclass(frozen=True)
-class Sign(Step):
+class Sign(NamedTuple):
     """Brings a new :class:`.Attempt` of this worker, which begins now.
 
     :ivar window: in how many seconds it ends.
@@ -92,60 +78,78 @@ class Sign(Step):
     lock: str
 
 
-@dataclass(frozen=True)
-class LifeOf(Step):
+class LifeOf(NamedTuple):
     """Brings what is known about the worker ``by`` (:class:`.Life`)."""
 
     by: str
 
 
-@dataclass(frozen=True)
-class Wait(Step):
+class Wait(NamedTuple):
     """Let so many ``seconds`` pass."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class Prepare(Step):
+class Prepare(NamedTuple):
     """Find the authorization server of ``session``, verify that it speaks for the account, and authenticate to it as
     the session began. Spends nothing. Brings a :data:`Request`."""
 
     session: Session
 
 
-class Commit(Step):
+class Commit(NamedTuple):
     """Pass the point of no return. From here on nothing outside stops the protocol."""
 
 
-@dataclass(frozen=True)
-class Send(Step):
+class Send(NamedTuple):
     """Spend the refresh token of ``session``. Brings the successor, or ``None`` if no answer has come yet."""
 
-    request: Request = field(repr=False)
+    request: Request
     session: Session
 
 
-class Await(Step):
+class Await(NamedTuple):
     """Wait on for the answer to what was sent. Brings what :class:`Send` does."""
 
 
-@dataclass(frozen=True)
-class HandOut(Step):
+class HandOut(NamedTuple):
     """Give ``session`` to those who wait, before the protocol has ended."""
 
     session: Session | None
 
 
-@dataclass(frozen=True)
-class Revoke(Step):
+class Revoke(NamedTuple):
     """End the grant of ``session`` at its server (RFC 7009). Brings whether the server said so."""
 
     session: Session
 
 
-@dataclass(frozen=True)
-class Tell(Step):
+class Tell(NamedTuple):
     """Tell the listeners, when the lock is released."""
 
     event: SessionUpdatedEvent | SessionDeletedEvent
+
+
+#: One access to what workers share, or to time.
+Step = (
+    Read
+    | Replace
+    | Overwrite
+    | Lock
+    | Unlock
+    | Extend
+    | Now
+    | Sign
+    | LifeOf
+    | Wait
+    | Prepare
+    | Commit
+    | Send
+    | Await
+    | HandOut
+    | Revoke
+    | Tell
+)
+
+#: A protocol that ends with a ``T``.
+Protocol = Generator[Step, Any, T]

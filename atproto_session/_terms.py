@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ._checks import check_seconds
 from .locks import LockKind
@@ -44,8 +44,7 @@ class Times:
         check_seconds(**vars(self))
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What holds for every refresh of a client.
 
     :ivar client_id: the client; ``None`` if every session is taken for its own.
@@ -61,8 +60,7 @@ class Terms:
     is_expired: Callable[[TokenSet], bool] = Freshness().is_expired
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What the caller of :meth:`.SessionGetter.get_session` wants.
 
     :ivar seen: the session that was stored when the call began.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._recent import Recent
 from ._urls import NOBODY, TrustedHosts, check_origin, check_url, origin
@@ -84,8 +84,7 @@ def parse_server_metadata(
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
+class _Fields(NamedTuple):
     of: str
     document: Mapping[str, Any]
     allow_http: bool

@@ -16,8 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import parse_http_list
 
@@ -85,8 +84,7 @@ class NonceCache:
                 entries.popitem(last=False)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What an HTTP answer says about DPoP.
 
     :ivar nonce: its ``DPoP-Nonce`` header.

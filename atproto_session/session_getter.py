@@ -198,7 +198,7 @@ class SessionGetter:
         seen = wanted.seen
         left = self.freshness.seconds_left(seen.token_set)
         try:
-            return self._fly(sub, replace(wanted, waits=False), min(deadline, time.monotonic() + (left or 0.0)), cancel)
+            return self._fly(sub, wanted._replace(waits=False), min(deadline, time.monotonic() + (left or 0.0)), cancel)
         except SessionError as error:
             is_over = error.login_required and self._is_over(sub, seen)
             if is_over or (isinstance(error, CancelledError) and cancel is not None and cancel.is_set()):

@@ -12,6 +12,7 @@ from atproto_session import _worker
 from atproto_session._worker import Life, life_of, this_worker
 
 from .core import wait_until
+from .processes import in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells about other processes")
 
@@ -49,6 +50,15 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: Path, **options: object) -> str:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert this_worker().endswith("/")
-    assert life_of(this_worker()) is Life.UNKNOWN
+    this_worker.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", refuse)
+            assert this_worker().endswith("/")
+            assert life_of(this_worker()) is Life.UNKNOWN
+    finally:
+        this_worker.cache_clear()
+
+
+def test_a_child_is_another_worker() -> None:
+    assert in_child(this_worker) != this_worker()

@@ -44,8 +44,8 @@ class Codec:
         self._fernet = _fernet(encryption_keys)
         self._allows_plaintext = self._fernet is None or allow_plaintext
         # Two generations: when the young one is full, the old one is forgotten.
-        self._young: dict[str, tuple[bytes, Session]] = {}
-        self._old: dict[str, tuple[bytes, Session]] = {}
+        self._young: dict[tuple[str, bytes], Session] = {}
+        self._old: dict[tuple[str, bytes], Session] = {}
 
     def encode(self, key: str, session: Session) -> bytes:
         """The record of ``session``.
@@ -70,10 +70,10 @@ class Codec:
             another key's, or of a later release.
         """
         data = data.encode("utf-8", "replace") if isinstance(data, str) else data
-        kept = self._young.get(key) or self._old.get(key)
-        if kept is not None and kept[0] == data:
-            self._keep(key, *kept)
-            return kept[1]
+        kept = self._young.get((key, data)) or self._old.get((key, data))
+        if kept is not None:
+            self._keep(key, data, kept)
+            return kept
         try:
             session = from_document(key, self._open(data))
         except ValueError as error:
@@ -122,7 +122,7 @@ class Codec:
         if len(data) > _LONGEST_KEPT:
             return
         # Without a lock: two threads that do this at once forget more than they had to, and nothing else.
-        self._young[key] = data, session
+        self._young[key, data] = session
         if len(self._young) >= _KEPT:
             self._old, self._young = self._young, {}
 
