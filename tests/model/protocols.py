@@ -193,7 +193,7 @@ class Kind:
         # The stack of a frame does not show. All that it can hold here is an error that is being handled: one of these.
         last = history[len(history) - history[::-1].index(REPORTED) :] if REPORTED in history else history
         faults = tuple(outcome for outcome in last if isinstance(outcome, Fault))
-        shape = faults, type(step), frozen(tuple(vars(step).values())), *_frames_of(protocol)
+        shape = faults, type(step), frozen(tuple(step)), *_frames_of(protocol)
         node = self._nodes.get(shape)
         if node is None:
             functions = _functions_of(protocol)
