@@ -44,8 +44,8 @@ _SHARE_OF_OWN_DOMAIN = 0.6
 # What people paste.
 _LONGEST_INPUT = 4096
 _QUOTES = "\"'`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d<>(){},; \t"
-_DID_OF_ANY_CASE = re.compile(r"did:(?:plc|web):", re.IGNORECASE)
-_PROFILE = re.compile(r"(?:https?://)?[^/?#\s]+/profile/([^/?#]+)", re.IGNORECASE)
+_DID_OF_ANY_CASE = r"(?i)did:(?:plc|web):"
+_PROFILE = r"(?i)(?:https?://)?[^/?#\s]+/profile/([^/?#]+)"
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def parse_account(text: str, *, allow_http: bool = False, trusted: TrustedHosts 
     name = _cleaned(text)
     if name[:5].lower() == "at://":
         name = re.split("[/?#]", name[5:])[0]
-    elif page := _PROFILE.match(name):
+    elif page := re.match(_PROFILE, name):
         name = unquote(page[1])
     elif "://" in name:
         return Account("server", name)
     name = name.removeprefix("@").strip().rstrip("./")
-    if did := _DID_OF_ANY_CASE.match(name):
+    if did := re.match(_DID_OF_ANY_CASE, name):
         return Account("did", check_did(did[0].lower() + name[did.end() :]))
     if name.startswith("did:"):
         return Account("did", check_did(name))

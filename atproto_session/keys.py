@@ -34,7 +34,7 @@ _CURVES: dict[str, tuple[ec.EllipticCurve, str]] = {
     "P-256": (ec.SECP256R1(), "ES256"),
     "secp256k1": (ec.SECP256K1(), "ES256K"),
 }
-_PEM_PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+_PEM_PRIVATE_KEY = r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----"
 
 
 def generate_jwk() -> dict[str, str]:
@@ -370,7 +370,7 @@ def _keys_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _parse_pem(text: str, password: str | bytes | None) -> list[dict[str, str]]:
     # One by one, since a file made by `openssl ecparam -genkey` holds the curve's name in a block of its own.
-    blocks = [match.group(0) for match in _PEM_PRIVATE_KEY.finditer(text)]
+    blocks = [match.group(0) for match in re.finditer(_PEM_PRIVATE_KEY, text)]
     if not blocks:
         raise _wrong("there is no private key in the PEM text")
     return [_to_jwk(_load_pem(block, password)) for block in blocks]

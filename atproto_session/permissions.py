@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
-_NSID = re.compile(
+_NSID = (
     r"[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+"
     r"\.[a-zA-Z][a-zA-Z0-9]{0,62}"
 )
 _LONGEST_NSID = 317
-_SERVICE = re.compile(
+_SERVICE = (
     r"did:(?:plc:[a-z2-7]{24}|web:(?:localhost(?:%3A[0-9]{1,5})?|(?P<host>[A-Za-z0-9._-]+)))"
     r"#(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+"
 )
-_ENDS_IN_A_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?")
-_MEDIA_RANGE = re.compile(r"\*/\*|[^/ ]+/\*|[^/* ]+/[^/* ]+")
+_ENDS_IN_A_NUMBER = r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?"
+_MEDIA_RANGE = r"\*/\*|[^/ ]+/\*|[^/* ]+/[^/* ]+"
 
 
 def _is_nsid(text: str) -> bool:
-    return len(text) <= _LONGEST_NSID and _NSID.fullmatch(text) is not None
+    return len(text) <= _LONGEST_NSID and re.fullmatch(_NSID, text) is not None
 
 
 def _is_nsid_or_all(text: str) -> bool:
@@ -38,8 +38,8 @@ def _is_nsid_or_all(text: str) -> bool:
 def _is_service(text: str) -> bool:
     """Whether ``text`` is the DID of an account or a server with the name of a service, as in
     ``did:web:api.example.com#appview``."""
-    match = _SERVICE.fullmatch(text)
-    if match is None or not _ENDS_IN_A_NUMBER.fullmatch(match["host"] or ""):
+    match = re.fullmatch(_SERVICE, text)
+    if match is None or not re.fullmatch(_ENDS_IN_A_NUMBER, match["host"] or ""):
         return match is not None
     try:
         return bool(socket.inet_aton(match["host"].removesuffix(".")))  # as browsers read it, short forms included
@@ -52,7 +52,7 @@ def _is_service_or_all(text: str) -> bool:
 
 
 def _is_media_range(text: str) -> bool:
-    return _MEDIA_RANGE.fullmatch(text) is not None
+    return re.fullmatch(_MEDIA_RANGE, text) is not None
 
 
 def _covers_all(value: str, asked: str) -> bool:

@@ -417,29 +417,28 @@ def _decoded(text: str) -> str:
 
 #: What the reference server says about client metadata that it could not fetch. If it says nothing further, it was in
 #: trouble itself, or waited in vain.
-_UNOBTAINED = re.compile(r'Unable to obtain (?:client metadata|jwks)\b(?:[^"]*"[^"]*")*(?P<why>.*)', re.DOTALL)
-_PASSING = re.compile(
-    r"connection refused|connection error|TLS error|service unavailable|bad gateway|gateway time-?out|"
-    r"too many requests|internal server error|request time-?out|time[d ]*out|fetch failed|failed to fetch",
-    re.IGNORECASE,
+_UNOBTAINED = r'(?s)Unable to obtain (?:client metadata|jwks)\b(?:[^"]*"[^"]*")*(?P<why>.*)'
+_PASSING = (
+    r"(?i)connection refused|connection error|TLS error|service unavailable|bad gateway|gateway time-?out|"
+    r"too many requests|internal server error|request time-?out|time[d ]*out|fetch failed|failed to fetch"
 )
 
 
 def _is_out_of_reach(description: str) -> bool:
     """Whether the server could not reach the client's own site, which may pass. Anything else that is wrong with the
     client's metadata stays wrong."""
-    unobtained = _UNOBTAINED.match(description)
+    unobtained = re.match(_UNOBTAINED, description)
     return unobtained is not None and (
-        not unobtained["why"].strip(" :.") or _PASSING.search(unobtained["why"]) is not None
+        not unobtained["why"].strip(" :.") or re.search(_PASSING, unobtained["why"]) is not None
     )
 
 
-_ABOUT_TIME = re.compile(r"\b(?:iat|exp|nbf|expired|future|clock|too old|timestamp)\b", re.IGNORECASE)
+_ABOUT_TIME = r"(?i)\b(?:iat|exp|nbf|expired|future|clock|too old|timestamp)\b"
 
 
 def _clock_fault(code: str | None, words: str | None, response: Response, clock: tuple[float, float]) -> str:
     """What is to be said of this machine's clock, if a proof or an assertion was refused because of it."""
-    if code != "invalid_dpop_proof" and not (code != "invalid_grant" and _ABOUT_TIME.search(words or "")):
+    if code != "invalid_dpop_proof" and not (code != "invalid_grant" and re.search(_ABOUT_TIME, words or "")):
         return ""
     server = _moment(response.headers.get("Date"))
     if server is None:

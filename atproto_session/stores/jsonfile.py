@@ -31,7 +31,7 @@ _PURGE_EVERY = 64
 #: Longer names would not fit on some file systems.
 _LONGEST_NAME = 200
 _HASHED = "%sha256-"
-_RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+_RESERVED_ON_WINDOWS = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"
 
 
 class JSONStore:
@@ -304,7 +304,7 @@ def _path_of(key: str) -> str:
     name = re.sub(rb"[^a-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], key.encode("utf-8", "surrogatepass")).decode(
         "ascii"
     )
-    if name.startswith(".") or _RESERVED_ON_WINDOWS.match(name):
+    if name.startswith(".") or re.match(_RESERVED_ON_WINDOWS, name):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) > _LONGEST_NAME:
         name = _HASHED + hashlib.sha256(name.encode("ascii")).hexdigest()
