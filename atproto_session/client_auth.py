@@ -14,7 +14,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from .errors import AuthMethodUnsatisfiableError, printable
-from .keys import Keyset, sign
+from .keys import Keyset, encoded, sign
 from .metadata import ClientMetadata
 from .session import ClientAuthMethod
 
@@ -99,7 +99,7 @@ def authentication_params(
         "iat": now - _BACKDATED,
         "exp": now + _LIFETIME,
     }
-    assertion = sign(key, {"typ": "JWT", "alg": "ES256", "kid": method.kid}, claims)
+    assertion = sign(key, encoded({"typ": "JWT", "alg": "ES256", "kid": method.kid}), claims)
     return {"client_id": client_id, "client_assertion_type": _ASSERTION_TYPE, "client_assertion": assertion}
 
 

@@ -7,6 +7,7 @@ keeps the nonces. Its caller brings the HTTP.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import logging
@@ -20,9 +21,11 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import parse_http_list
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
 from ._urls import origin
 from .errors import TransportError
-from .keys import algorithm_of, load_private_key, public_jwk, sign
+from .keys import algorithm_of, encoded, load_private_key, public_jwk, sign
 
 _log = logging.getLogger("atproto_session")
 
@@ -171,8 +174,19 @@ def proof(
         claims["nonce"] = nonce
     if access_token is not None:
         claims["ath"] = _base64url(hashlib.sha256(access_token.encode()).digest()).decode("ascii")
-    header = {"typ": "dpop+jwt", "alg": algorithm_of(key), "jwk": public_jwk(key)}
-    return sign(load_private_key(key), header, claims)
+    members = tuple(key.items())
+    try:
+        private, header = _key_and_header(members)
+    except TypeError:  # one of them is a list, such as key_ops
+        private, header = _key_and_header.__wrapped__(members)
+    return sign(private, header, claims)
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_and_header(members: tuple[tuple[str, Any], ...]) -> tuple[EllipticCurvePrivateKey, str]:
+    """What is the same in all proofs of a key. To make it takes a quarter of the time of a proof."""
+    key = dict(members)
+    return load_private_key(key), encoded({"typ": "dpop+jwt", "alg": algorithm_of(key), "jwk": public_jwk(key)})
 
 
 #: How much of a header is looked at.

@@ -286,3 +286,20 @@ def test_pkce() -> None:
     assert challenge_of("dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk") == "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
     assert len(generate_verifier()) >= 43
     assert generate_verifier() != generate_verifier()
+
+
+def test_a_key_whose_members_are_lists_makes_proofs() -> None:
+    key = {**generate_jwk(), "key_ops": ["sign"]}
+    made = proof(key, "GET", "https://pds.example.com/")
+    assert jwt.get_unverified_header(made)["jwk"] == public_jwk(key)
+    with pytest.raises(ValueError, match="key_ops does not hold sign"):
+        proof({**key, "key_ops": ["verify"]}, "GET", "https://pds.example.com/")
+
+
+def test_a_key_that_was_changed_makes_other_proofs() -> None:
+    key = generate_jwk()
+    proof(key, "GET", "https://pds.example.com/")
+    other = generate_jwk()
+    key.update(other)
+    made = proof(key, "GET", "https://pds.example.com/")
+    assert jwt.get_unverified_header(made)["jwk"] == public_jwk(other)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from atproto_session.errors import ClientMetadataError
-from atproto_session.keys import Keyset, generate_jwk, load_private_key, public_jwk, sign, thumbprint
+from atproto_session.keys import Keyset, encoded, generate_jwk, load_private_key, public_jwk, sign, thumbprint
 
 # RFC 6979 appendix A.2.5: a published key, so that these tests do not only agree with themselves.
 KNOWN = {
@@ -468,6 +468,6 @@ def test_what_is_signed_is_a_jws(curve: ec.EllipticCurve) -> None:
     algorithm = {"secp256r1": "ES256", "secp256k1": "ES256K"}[curve.name]
     for number in range(300):
         header, claims = {"typ": "JWT", "alg": algorithm}, {"number": number, "text": "\u00e9"}
-        signed = sign(key, header, claims)
+        signed = sign(key, encoded(header), claims)
         assert jwt.decode(signed, key.public_key(), algorithms=[algorithm]) == claims
         assert jwt.get_unverified_header(signed) == header

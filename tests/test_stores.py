@@ -1631,6 +1631,32 @@ def test_a_database_file_that_goes_is_an_error(tmp_path: Path, what: str) -> Non
         assert path.exists() == (what == "replaced")
 
 
+def test_threads_that_read_at_the_same_time_share_a_look_at_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    identity_of = sqlite._identity_of
+
+    def look(path: str) -> tuple[int, int]:
+        looks.append(path)
+        return identity_of(path)
+
+    with closing(SQLiteStore(tmp_path / "sessions.db")) as store:
+        store.set(DID, make_session())
+        monkeypatch.setattr(sqlite, "_identity_of", look)
+        monkeypatch.setattr(sqlite, "_LOOK_COUNTS_FOR", 600.0)
+        store.get(DID)
+        assert len(looks) == 1, "alone, a reader looks"
+        with store._database._connections.lent():
+            store.get(DID)
+            assert len(looks) == 1
+            store.set(DID, make_session())
+            assert len(looks) == 2, "a writer always looks"
+            monkeypatch.setattr(sqlite, "_LOOK_COUNTS_FOR", 0.0)
+            store.get(DID)
+            assert len(looks) == 3
+
+
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "sessions.db")
     with store._database._connections.lent() as borrowed:

@@ -76,6 +76,11 @@ class Connections:
             finally:
                 self._uses.discard(use)
 
+    @property
+    def are_in_use(self) -> bool:
+        """Whether any thread has one at this moment."""
+        return bool(self._uses)
+
     @contextmanager
     def lent(self) -> Iterator[Connection]:
         """A connection for this block. It is closed if the block fails, since it may be in the middle of something; not

@@ -51,6 +51,9 @@ _HINTS = {
 _PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05)
 #: How long a deletion waits for those who read, to empty the log, in seconds. The next deletion empties it, too.
 _LOG_WITHIN = 0.5
+#: For how many seconds a look at whether the file is still there counts for other threads that read at the same time.
+#: With each look of its own, a thread would let all others go first.
+_LOOK_COUNTS_FOR = 0.01
 _SIDES = ("", "-wal", "-shm", "-journal")
 
 
@@ -227,6 +230,7 @@ class _Database:
                 with self.locks.hold("schema", timeout=busy_timeout):
                     _patiently(create, busy_timeout)
             self._identity = _identity_of(self.path)
+            self._looked_at = time.monotonic()
         except LockTimeoutError as error:
             raise StoreError(f"{self.path} is being opened by other processes all the time", retryable=True) from error
         except (sqlite3.Error, OSError) as error:
@@ -236,7 +240,10 @@ class _Database:
         close_at_end(self._connections)  # when what is under way at the end of the program is stored
 
     def read(self, sql: str, parameters: tuple[str, ...]) -> list[Any]:
-        return self._use(lambda connection: connection.execute(sql, parameters).fetchall())
+        def work(connection: sqlite3.Connection) -> list[Any]:
+            return connection.execute(sql, parameters).fetchall()
+
+        return self._use(work, is_read=True)
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         def transaction(connection: sqlite3.Connection) -> T:
@@ -258,16 +265,19 @@ class _Database:
         with suppress(StoreError):
             self.empty_log(_LOG_WITHIN)
 
-    def _use(self, work: Callable[[sqlite3.Connection], T], within: float | None = None) -> T:
+    def _use(self, work: Callable[[sqlite3.Connection], T], within: float | None = None, *, is_read: bool = False) -> T:
         try:
-            return _patiently(partial(self._try, work), self._busy_timeout if within is None else within)
+            return _patiently(partial(self._try, work, is_read), self._busy_timeout if within is None else within)
         except (sqlite3.Error, OSError, UnicodeError) as error:
             raise self._failure(error) from error
 
-    def _try(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _try(self, work: Callable[[sqlite3.Connection], T], is_read: bool) -> T:
         # SQLite itself would go on with the file that was deleted, and lose what it writes.
-        if _identity_of(self.path) != self._identity:
-            raise StoreError(f"{self.path} was replaced while it was in use; restart the processes that use it")
+        now = time.monotonic()
+        if not (is_read and self._connections.are_in_use and now - self._looked_at < _LOOK_COUNTS_FOR):
+            if _identity_of(self.path) != self._identity:
+                raise StoreError(f"{self.path} was replaced while it was in use; restart the processes that use it")
+            self._looked_at = now
         with self._connections.lent() as connection:
             return work(connection)
 
