@@ -215,7 +215,6 @@ class Flights(Generic[T]):
         :param deadline: how long to wait for room for another flight, in terms of ``time.monotonic()``.
         :raises SessionError: nothing is begun any more, or too much is under way.
         """
-        flight = Flight(key, work, groups)
         while True:
             under_way = self._joinable.get(key)
             if under_way is not None and under_way.is_here:
@@ -224,6 +223,7 @@ class Flights(Generic[T]):
                 return under_way, False
             if under_way is not None:
                 self._joinable.pop(key, None)
+            flight = Flight(key, work, groups)
             # Counted before anything is looked at, so that no more than the bound ever begin.
             self._all.add(flight)
             if self._has_room_for(flight):
