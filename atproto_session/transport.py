@@ -308,7 +308,11 @@ class Transport:
 
     def _receive(self, request: requests.Request, bounds: Bounds, limit: int, adapter: HardenedAdapter) -> Response:
         # Prepared and sent without a requests.Session, which is where cookies, ~/.netrc and redirects live.
-        prepared = request.prepare()
+        prepared = requests.PreparedRequest()
+        prepared.prepare_method(request.method)
+        prepared.prepare_url(request.url, request.params)
+        prepared.prepare_headers(request.headers)
+        prepared.prepare_body(request.data, files=None)
         answer = adapter.send(
             prepared,
             stream=True,
