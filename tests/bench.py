@@ -206,7 +206,7 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             0.8,
             lambda: median_ratio(bench_requests.kept(client, turns)),
         ),
-        Figure("refresh", "a refresh over https / the least that it can cost", 2.0, 2.7, lambda: refresh(turns)),
+        Figure("refresh", "a refresh over https / the least that it can cost", 2.0, 2.4, lambda: refresh(turns)),
         Figure(
             "herd",
             f"the longest wait while {ACCOUNTS:,} accounts of {SERVERS} servers expire within {SECONDS:.0f} s, "
@@ -235,12 +235,12 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             1.3,
             lambda: least_ratio(bench_requests.waiters(client.sessions._store, turns)),  # type: ignore[arg-type]
         ),
-        Figure("imports", "import atproto_session / its dependencies' own imports", 1.2, 2.1, lambda: imports(turns)),
+        Figure("imports", "import atproto_session / its dependencies' own imports", 1.2, 1.4, lambda: imports(turns)),
         Figure(
             "first_call",
             "a script's first signed call / the same with requests",
             1.5,
-            2.7,
+            1.8,
             lambda: first_call(turns),
         ),
     ]
