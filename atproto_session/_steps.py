@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
+from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 
 T = TypeVar("T")
 
@@ -82,7 +82,8 @@ class Now(Step):
 
 @dataclass(frozen=True)
 class Sign(Step):
-    """Brings a new :class:`.Attempt` of this worker, which begins now.
+    """Brings a new :class:`.Attempt` of this worker, which begins now. Until the lock is released, all workers of its
+    machine can see that this one is at work on it.
 
     :ivar window: in how many seconds it ends.
     :ivar lock: the lock that it is made under.
@@ -94,9 +95,10 @@ class Sign(Step):
 
 @dataclass(frozen=True)
 class LifeOf(Step):
-    """Brings what is known about the worker ``by`` (:class:`.Life`)."""
+    """Brings what is known about the worker that made ``attempt``, and whether it is still at work on it
+    (:class:`.Life`)."""
 
-    by: str
+    attempt: Attempt
 
 
 @dataclass(frozen=True)
