@@ -129,7 +129,7 @@ def test_the_lock_of_another_worker_is_left_to_it(store: Any) -> None:
 
 
 def test_a_lock_that_its_worker_could_not_release_is_taken_at_once(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with store.locks.hold(DID, timeout=0), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, store.locks.hold(DID, timeout=0):
         patch.setattr(RedisHold, "end", lambda hold: None)
         began = time.monotonic()
     assert store._server.client.exists(store.locks._key_of(DID))
