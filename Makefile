@@ -79,7 +79,7 @@ deployed: $(VENV)/.made  ## gunicorn and Celery over one store, over restarts an
 fuzz: $(VENV)/.made  ## hostile input to everything that parses
 	$(BIN)/python -m tests.fuzz
 
-machines: $(VENV)/.made  ## several machines share Redis and PostgreSQL: cuts, pauses, restarts (root, and Debian's servers)
+machines: $(VENV)/.made  ## several machines share Redis, PostgreSQL and MariaDB: cuts, pauses, restarts (root, and Debian's servers)
 	$(BIN)/python -m tests.machines
 
 bench: $(VENV)/.made  ## what requests, refreshes and starts cost, against the least that they can cost

@@ -16,7 +16,7 @@ from ._flights import Flight
 from ._recent import Recent
 from ._records import Ending, log
 from ._threads import Promise
-from ._worker import life_of, this_worker
+from ._worker import at_work, life_of
 from .errors import SessionError, StoreError, TransportError, printable
 from .locks import Hold, Locks
 from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
@@ -111,7 +111,7 @@ class _Driver:
         self._handed_out = handed_out
         self._key = flight.key
         self._world = world
-        self._lock = ExitStack()
+        self._held = ExitStack()  # the lock, and what shows that there is work under it
         self._hold: Hold | None = None
         self._answer: Promise[Session] = Promise()
         self._is_sent = False
@@ -135,10 +135,10 @@ class _Driver:
             case steps.Now():
                 return world.clock()
             case steps.Sign(window, lock):
-                now = world.clock()
-                return Attempt(secrets.token_hex(16), this_worker(), now, now + window, lock=lock)
-            case steps.LifeOf(by):
-                return life_of(by)
+                now, id = world.clock(), secrets.token_hex(16)
+                return Attempt(id, self._held.enter_context(at_work(id)), now, now + window, lock=lock)
+            case steps.LifeOf(attempt):
+                return life_of(attempt.by, attempt.id)
             case steps.Wait(seconds):
                 return time.sleep(seconds) if self._is_sent else self._flight.sleep(seconds)
             case steps.Prepare(session):
@@ -167,7 +167,7 @@ class _Driver:
         self.unlock()
         try:
             lock = self._world.locks.hold(self._key, timeout=within, cancel=self._flight.cancel)
-            self._hold = self._lock.enter_context(lock)
+            self._hold = self._held.enter_context(lock)
         except SessionError:
             raise
         except Exception as error:
@@ -185,7 +185,7 @@ class _Driver:
     def unlock(self) -> None:
         self._hold = None
         try:
-            self._lock.close()
+            self._held.close()
         except Exception as error:  # noqa: BLE001 - no reason to lose what was done under it
             log.warning("the lock of %s was not released: %s", printable(self._key), type(error).__name__)
 

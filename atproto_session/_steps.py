@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
-from .session import Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
+from .session import Attempt, Session, SessionDeletedEvent, SessionUpdatedEvent, TokenSet
 
 T = TypeVar("T")
 
@@ -68,7 +68,8 @@ class Now(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """Brings a new :class:`.Attempt` of this worker, which begins now.
+    """Brings a new :class:`.Attempt` of this worker, which begins now. Until the lock is released, all workers of its
+    machine can see that this one is at work on it.
 
     :ivar window: in how many seconds it ends.
     :ivar lock: the lock that it is made under.
@@ -79,9 +80,10 @@ class Sign(NamedTuple):
 
 
 class LifeOf(NamedTuple):
-    """Brings what is known about the worker ``by`` (:class:`.Life`)."""
+    """Brings what is known about the worker that made ``attempt``, and whether it is still at work on it
+    (:class:`.Life`)."""
 
-    by: str
+    attempt: Attempt
 
 
 class Wait(NamedTuple):

@@ -1,15 +1,18 @@
-"""Which worker this is, and whether another one of this machine is still there.
+"""Which worker this is, and whether another one of this machine is still there, and still at work.
 
-A worker is a process. It is known by its machine's boot, its namespace of process numbers, its number, and the moment
-it was started, so that another process with the same number is not taken for it. Only Linux says all of that; elsewhere
-nothing is known about other workers.
+A worker is a process. It is known by its machine's boot, its namespaces, its number, and the moment it was started, so
+that another process with the same number is not taken for it. What it is at work on it shows by a sign: a socket with a
+name that every process of the machine can look up. The system takes the sign down when the process ends. Only Linux has
+all of that; elsewhere nothing is known about other workers.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -17,38 +20,56 @@ from pathlib import Path
 class Life(Enum):
     """What is known about a worker."""
 
-    ALIVE = "its process exists on this machine"
-    GONE = "it ran on this machine, and its process does not exist any more"
+    ALIVE = "its process exists on this machine, and is at work"
+    GONE = "it ran on this machine, and its process does not exist any more, or is not at work on this any more"
     UNKNOWN = "it runs or ran elsewhere, or this machine does not tell"
 
 
-@functools.cache
 def this_worker() -> str:
     """The name of this process: host, machine, number and start."""
+    return _name(_machine())
+
+
+def _name(machine: str) -> str:
     pid = os.getpid()
-    return f"{socket.gethostname()}/{_machine()}/{pid}/{_start_of(pid) or ''}"
+    return f"{socket.gethostname()}/{machine}/{pid}/{_start_of(pid) or ''}"
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=this_worker.cache_clear)
+@contextmanager
+def at_work(on: str) -> Iterator[str]:
+    """Show, as long as this lasts, that this worker is at work ``on`` something. Brings the worker's name: where there
+    can be no sign, one of which nothing is known."""
+    machine = _machine()
+    with ExitStack() as held:
+        try:
+            if machine:
+                held.enter_context(_sign_of(on))
+        except OSError:
+            machine = ""
+        yield _name(machine if machine and _is_at_work(on) else "")
 
 
-def life_of(worker: str) -> Life:
-    """What is known about the worker of this name."""
+def life_of(worker: str, on: str | None = None) -> Life:
+    """What is known about the worker of this name.
+
+    :param on: what it was :func:`at_work` on.
+    """
     _, machine, pid, start = worker.rsplit("/", 3) if worker.count("/") >= 3 else ("", "", "", "")
     if not (machine and start and pid.isdecimal()) or machine != _machine():
         return Life.UNKNOWN
-    return Life.ALIVE if _start_of(int(pid)) == start else Life.GONE
+    is_there = _start_of(int(pid)) == start and (on is None or _is_at_work(on))
+    return Life.ALIVE if is_there else Life.GONE
 
 
 def _machine() -> str:
-    """This boot of this machine, and the namespace that process numbers are counted in; empty where unknown."""
+    """This boot of this machine, and the namespaces of process numbers and of signs; empty where unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")  # noqa: PTH115 - the text, not a path
+        processes = os.readlink("/proc/self/ns/pid").strip("pid:[]")  # noqa: PTH115 - the text, not a path
+        signs = os.readlink("/proc/thread-self/ns/net").strip("net:[]")  # noqa: PTH115
     except OSError:
         return ""
-    return f"{boot}-{namespace}"
+    return f"{boot}-{processes}-{signs}"
 
 
 def _start_of(pid: int) -> str | None:
@@ -60,3 +81,49 @@ def _start_of(pid: int) -> str | None:
         return None
     state, *rest = status.rpartition(")")[2].split()  # the name before it may hold anything
     return None if state in ("Z", "X") else rest[18]
+
+
+#: The signs of this process.
+_signs: set[socket.SocketType] = set()
+
+
+@contextmanager
+def _sign_of(work: str) -> Iterator[None]:
+    with closing(_new_socket()) as sign:
+        _signs.add(sign)  # before it has its name: a child that is forked now must not keep it
+        try:
+            sign.bind(_place_of(work))
+            yield
+        finally:
+            _signs.discard(sign)
+
+
+def _is_at_work(on: str) -> bool:
+    try:
+        with closing(_new_socket()) as probe:
+            probe.connect(_place_of(on))
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # nobody can tell
+        return True
+    return True
+
+
+def _new_socket() -> socket.SocketType:
+    # Not socket.socket, which gevent and guards against the network in tests replace. Nothing is ever sent.
+    return socket.SocketType(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
+def _place_of(work: str) -> bytes:
+    """An abstract address: no file, and gone with its socket."""
+    return b"\0atproto_session/" + hashlib.sha256(work.encode("utf-8", "replace")).hexdigest().encode("ascii")
+
+
+def _take_down() -> None:
+    """A child that was forked does not do its parent's work."""
+    while _signs:
+        _signs.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_take_down)

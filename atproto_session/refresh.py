@@ -89,7 +89,7 @@ class Refresh:
         """Wait until the answer to the attempt in the record is there, or can no longer come."""
         waited = 0.0
         while (attempt := self.session.attempt) is not None and not (yield from self._is_over(attempt)):
-            is_alive = (yield steps.LifeOf(attempt.by)) is Life.ALIVE
+            is_alive = (yield steps.LifeOf(attempt)) is Life.ALIVE
             end = max(attempt.answer_by, attempt.started_at + self.times.longest) if is_alive else attempt.answer_by
             # The clock may have been set back: no attempt is waited for without end.
             wait = min(end - (yield steps.Now()), self.times.longest - waited, self.times.look_again)
@@ -107,10 +107,10 @@ class Refresh:
 
     def _is_over(self, attempt: Attempt) -> Protocol[bool]:
         """Whether no answer to ``attempt`` will come for certain. Its worker has said so, or it held the very lock that
-        is held here now, and that is one that ends only with its holder, or its process does not exist any more."""
+        is held here now, and that is one that ends only with its holder, or is not at work on it any more."""
         if attempt.is_over or (self.terms.lock_kind is LockKind.HOLDER and attempt.lock == self.lock):
             return True
-        return (yield steps.LifeOf(attempt.by)) is Life.GONE
+        return (yield steps.LifeOf(attempt)) is Life.GONE
 
     def _announce(self) -> Protocol[bool]:
         """Write the attempt, look a last time at everything that must be true when the request leaves, and commit.

@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -30,9 +30,9 @@ from atproto_session import ClientMetadata, OAuthClient
 from atproto_session.testing.network import Account, LocalNetwork
 
 from .core import RESTLESS, SOON, wait_until
-from .processes import Program
+from .processes import Program, stop
 from .scenes import log_in, store_tokens, stored
-from .servers import Missing, PostgreSQL, Redis, Server
+from .servers import SERVERS, Missing, Redis, Server, connect_mysql
 
 _NEW_NETWORK = 0x40000000
 _numbers = itertools.count()
@@ -213,7 +213,7 @@ class Worker:
         return self.hear()
 
     def stop(self) -> None:
-        self._program.process.send_signal(signal.SIGSTOP)
+        stop(self._program.process.pid)
 
     def wake(self) -> None:
         self._program.process.send_signal(signal.SIGCONT)
@@ -230,7 +230,7 @@ class Worker:
 class Stage:
     """A store on a server, machines with workers that share it, and accounts that are logged in.
 
-    :param engine: ``"redis"`` or ``"postgresql"``.
+    :param engine: ``"redis"``, ``"postgresql"`` or ``"mysql"``.
     :param workers: on which machines, by their numbers.
     :param without_locks: compare-and-set is all that they have.
     :param times: those of refreshes, where not the default.
@@ -254,7 +254,8 @@ class Stage:
             saving = ("--appendonly", "yes", "--appendfsync", "always") if durable else ()
             server: Server = Redis(*saving, host="0.0.0.0", prefix=prefix)
         else:
-            server = PostgreSQL(host="0.0.0.0", prefix=prefix)
+            server = SERVERS[engine](host="0.0.0.0", prefix=prefix)
+        self.engine = engine
         self.server = clean_up.enter_context(server)
         self.url = server.local_url
         options = self.network.client_options()
@@ -378,8 +379,6 @@ def stop_workers(stage: Stage, pauses: int) -> None:
 
 def end_lock_connections(stage: Stage, times: int) -> None:
     """The server ends the connection of the lock under which a refresh is sent, and another worker gets the lock."""
-    import psycopg
-
     one, other, *_ = stage.workers
     for number in range(times):
         account = stage.account()
@@ -388,16 +387,79 @@ def end_lock_connections(stage: Stage, times: int) -> None:
         fault = stage.network.fault("refresh", ["hold", "late"][number % 2])
         one.begin("restore", did=account.did)
         assert fault.fired.wait(SOON)
-        with psycopg.connect(stage.url, autocommit=True) as connection:
-            ended = connection.execute(
-                "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-            ).fetchall()
-        assert ended == [(True,)]
-        other.begin("restore", did=account.did)
-        time.sleep(0.5)  # so that it finds the attempt
+        END_LOCK[stage.engine](stage.url)
+        other.begin("restore", did=account.did, pause_at="found")
+        assert other.hear() == {"at": "found"}
         fault.disarm()
+        other.go_on()
         assert tokens_of([one.hear(), other.hear()]) == {stage.token(account)}
         stage.check(rotations + 1)
+
+
+def end_lock_in_postgresql(url: str) -> None:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        ended = connection.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+        ).fetchall()
+    assert ended == [(True,)]
+
+
+def end_lock_in_mysql(url: str) -> None:
+    """Only the name of a lock leads to its connection, so all others are ended with it."""
+    with closing(connect_mysql(url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT id FROM information_schema.processlist WHERE user = 'tester' AND id <> CONNECTION_ID()")
+        ended = [number for (number,) in cursor.fetchall()]
+        for number in ended:
+            with suppress(Exception):  # it has ended by itself
+                cursor.execute(f"KILL CONNECTION {number}")
+        assert ended
+
+
+def end_lock_in_redis(url: str) -> None:
+    """A lease ends with no connection. It is taken away, and every connection is ended."""
+    import redis
+
+    with redis.Redis.from_url(url) as connection:
+        (lock,) = (key for key in connection.scan_iter("*lock:*") if not key.endswith(b":released"))
+        assert connection.delete(lock) == 1
+        connection.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+END_LOCK = {"postgresql": end_lock_in_postgresql, "mysql": end_lock_in_mysql, "redis": end_lock_in_redis}
+
+
+def stop_server_when_announced(stage: Stage, times: int) -> list[float]:
+    """The server of the sessions goes away when a worker has announced its refresh, so that this cannot be taken back,
+    and the worker lives on. Nothing is sent: the worker finds that out, or its link is cut. Brings how long another
+    worker of its machine needs when the server is back."""
+    one = stage.workers[0]
+    (other,) = (worker for worker in stage.workers[1:] if worker.machine is one.machine)
+    waits = []
+    for number in range(times):
+        account = stage.account()
+        rotations = stage.network.rotations
+        stage.expire(account)
+        instant = ["announced", "send"][number % 2]
+        one.begin("restore", did=account.did, pause_at=instant)
+        assert one.hear() == {"at": instant}
+        stage.server.stop()
+        if instant == "send":
+            one.machine.cut()
+        one.go_on()
+        (error,) = one.hear()["errors"]
+        assert error.startswith("StoreError" if instant == "announced" else "TransportError"), error
+        one.machine.heal()
+        stage.server.start()
+        stored_session = stored(stage.client, account.did)
+        assert stored_session.attempt is not None, "it could be taken back"
+        began = time.monotonic()
+        tokens = tokens_of([other.do("restore", did=account.did)])
+        waits.append(time.monotonic() - began)
+        assert tokens == {stage.token(account)}
+        stage.check(rotations + 1)
+    return waits
 
 
 def restart_server(stage: Stage, restarts: int, seed: int = 2) -> None:
@@ -463,27 +525,27 @@ def kill_worker(stage: Stage, kills: int) -> list[float]:
 # All of it
 
 #: As the tests do it, and as ``make machines`` does.
-FEW = {"rounds": 3, "cuts": 2, "pauses": 1, "ended": 2, "restarts": 2, "kills": 1}
-MANY = {"rounds": 20, "cuts": 50, "pauses": 50, "ended": 20, "restarts": 10, "kills": 10}
-#: A worker that lives is waited for so long by its own machine, in seconds; by default it is five minutes.
-TIMES = {"longest": 20.0}
+FEW = {"rounds": 3, "cuts": 2, "pauses": 1, "ended": 2, "restarts": 2, "kills": 1, "stops": 1}
+MANY = {"rounds": 20, "cuts": 50, "pauses": 50, "ended": 20, "restarts": 10, "kills": 10, "stops": 10}
 
 
 def go_through(engine: str, numbers: dict[str, int]) -> Iterator[str]:
     """Everything that is promised on many machines. Brings a line about each part."""
     with ExitStack() as clean_up:
-        stage = Stage(engine, clean_up, workers=[0, 0, 1, 1, 2, 2, 3, 3], clocks=[0.0, 5.0, 0.0, -5.0], times=TIMES)
+        stage = Stage(engine, clean_up, workers=[0, 0, 1, 1, 2, 2, 3, 3], clocks=[0.0, 5.0, 0.0, -5.0])
         herd(stage, numbers["rounds"])
         yield f"8 workers in 4 namespaces: {numbers['rounds']} refreshes in {numbers['rounds']} rounds"
         waits = kill_worker(stage, numbers["kills"])
         assert max(waits) < 10.0, "the lease and the attempt last for 15 s; it is a matter of milliseconds"
         yield f"a worker killed on this machine: waited for {max(waits):.2f} s at most, {len(waits)} times"
+        waits = stop_server_when_announced(stage, numbers["stops"])
+        assert max(waits) < 10.0, "as above"
+        yield f"the server away when a refresh was announced: waited for {max(waits):.2f} s at most, {len(waits)} times"
         stage.workers[1], stage.workers[2] = stage.workers[2], stage.workers[1]  # the first two on different machines
         cut_links(stage, numbers["cuts"])
         yield f"the link cut and healed: 0 sessions lost over {numbers['cuts']} cuts"
-        if engine == "postgresql":
-            end_lock_connections(stage, numbers["ended"])
-            yield f"the connection of a lock ended: 0 sessions lost over {numbers['ended']}"
+        end_lock_connections(stage, numbers["ended"])
+        yield f"the connection of a lock ended: 0 sessions lost over {numbers['ended']}"
         restart_server(stage, numbers["restarts"])
         yield f"the server restarted during a herd: 0 sessions lost over {numbers['restarts']} restarts"
         stop_workers(stage, numbers["pauses"])
@@ -504,8 +566,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, number in MANY.items():
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--engine", action="append", choices=list(END_LOCK), help="by default all")
     numbers = vars(parser.parse_args())
-    for engine in ("redis", "postgresql"):
+    for engine in numbers.pop("engine") or END_LOCK:
         for part in (go_through, go_without_locks):
             for line in part(engine, numbers):
                 print(f"{engine}: {line}", flush=True)

@@ -83,6 +83,12 @@ class Program:
         self.process.communicate(timeout=SOON)
 
 
+def stop(pid: int) -> None:
+    """Stop a child, and wait until it stands still: until then it goes on, for as long as it takes to tell it."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 class Child:
     """``work`` in a forked child, which it can talk with through a connection."""
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
 
@@ -322,12 +322,12 @@ class MySQL(Server):
             *(self.find(self.program), "--no-defaults", f"--datadir={self.directory / 'data'}", f"--port={self.port}"),
             *(f"--bind-address={self.host}", f"--socket={self.directory / 'socket'}", "--skip-name-resolve"),
             *(f"--pid-file={self.directory / 'pid'}", f"--init-file={self.directory / 'begin.sql'}"),
-            *("--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync", "--skip-log-bin"),
+            *("--innodb-flush-log-at-trx-commit=2", "--innodb-flush-method=nosync", "--skip-log-bin"),
             *("--innodb-buffer-pool-size=64M", "--max-connections=200", "--performance-schema=OFF"),
         ]
 
     def ping(self) -> None:
-        with closing(connect_mysql(self.url)):
+        with closing(connect_mysql(self.local_url)):
             pass
 
 
@@ -347,6 +347,7 @@ def connect_mysql(url: str) -> Connection[Any]:
     return pymysql.connect(
         host=parts.hostname,
         port=parts.port or 3306,
+        unix_socket=dict(parse_qsl(parts.query)).get("unix_socket"),
         user=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
         database=parts.path.lstrip("/") or None,

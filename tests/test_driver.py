@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from atproto_session import MemoryStore, Session, StoreError, TransportError
 from atproto_session import _steps as steps
 from atproto_session._driver import World, _Driver, drive
 from atproto_session._flights import Flight
+from atproto_session._worker import Life
 from atproto_session.locks import ThreadLocks
 from atproto_session.session import Attempt
 
@@ -44,6 +46,17 @@ def test_without_its_lock_nothing_is_held() -> None:
     assert driver.do(steps.Extend(1.0))
     driver.do(steps.Unlock())
     assert not driver.do(steps.Extend(1.0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells about other processes")
+def test_until_its_lock_is_released_a_worker_is_at_work_on_its_attempt() -> None:
+    driver = _Driver(Flight(DID, lambda flight: None), world())
+    driver.do(steps.Lock())
+    attempt = driver.do(steps.Sign(15.0, "lock"))
+    assert driver.do(steps.LifeOf(attempt)) is Life.ALIVE
+    assert driver.do(steps.LifeOf(replace(attempt, id="another"))) is Life.GONE
+    driver.do(steps.Unlock())
+    assert driver.do(steps.LifeOf(attempt)) is Life.GONE
 
 
 def test_the_lock_is_released_whatever_the_end() -> None:

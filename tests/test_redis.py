@@ -17,7 +17,7 @@ import redis
 import trustme
 from cryptography.fernet import Fernet
 
-from atproto_session._worker import this_worker
+from atproto_session._worker import at_work, this_worker
 from atproto_session.errors import CancelledError, LockTimeoutError, StoreError
 from atproto_session.locks import Locks
 from atproto_session.locks.redis import RedisHold, RedisLocks
@@ -92,7 +92,7 @@ def store(redis_url: str) -> Iterator[Any]:
 
 def test_the_lock_of_a_worker_of_this_machine_that_is_gone_is_taken_at_once(store: Any) -> None:
     gone = in_child(this_worker)
-    hold = RedisHold(store._server.client, store.locks._key_of(DID))
+    hold = RedisHold(store._server.client, store.locks._key_of(DID), "one")
     assert hold._lock.acquire(blocking=False, token=f"{gone}/1")
     began = time.monotonic()
     take(store.locks, DID)
@@ -102,9 +102,9 @@ def test_the_lock_of_a_worker_of_this_machine_that_is_gone_is_taken_at_once(stor
 def test_of_two_that_take_the_lock_of_one_that_is_gone_the_slower_takes_nobodys(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = RedisHold(store._server.client, store.locks._key_of(DID))
+    hold = RedisHold(store._server.client, store.locks._key_of(DID), "one")
     assert hold._lock.acquire(blocking=False, token=f"{in_child(this_worker)}/1")
-    slow = RedisHold(store._server.client, store.locks._key_of(DID))
+    slow = RedisHold(store._server.client, store.locks._key_of(DID), "another")
     release = slow._lock.do_release
 
     def release_late(token: str) -> None:
@@ -119,12 +119,22 @@ def test_of_two_that_take_the_lock_of_one_that_is_gone_the_slower_takes_nobodys(
 
 def test_the_lock_of_another_worker_is_left_to_it(store: Any) -> None:
     name = store.locks._key_of(DID)
-    for token in (f"{this_worker()}/1", "elsewhere/another-boot/12/34/1", "no worker at all"):
-        store._server.client.set(name, token)
-        with pytest.raises(LockTimeoutError):
-            store.locks.hold(DID, timeout=0).__enter__()
+    with at_work("1") as worker:
+        for token in (f"{worker}/1", "elsewhere/another-boot/12/34/1", "no worker at all"):
+            store._server.client.set(name, token)
+            with pytest.raises(LockTimeoutError):
+                store.locks.hold(DID, timeout=0).__enter__()
     store._server.client.pexpire(name, 50)
     take(store.locks, DID)
+
+
+def test_a_lock_that_its_worker_could_not_release_is_taken_at_once(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, store.locks.hold(DID, timeout=0):
+        patch.setattr(RedisHold, "end", lambda hold: None)
+        began = time.monotonic()
+    assert store._server.client.exists(store.locks._key_of(DID))
+    take(store.locks, DID)
+    assert time.monotonic() - began < 5.0, "the lease is longer"
 
 
 def test_waiting_ends_with_a_release_and_not_with_a_slice(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from atproto_session import (
     TokenSet,
     TransportError,
     _flights,
+    _worker,
 )
 from atproto_session._flights import Flight
 from atproto_session._threads import begin
@@ -41,6 +43,7 @@ from atproto_session.locks import LockKind, ThreadLocks
 from atproto_session.session import Attempt, Rest
 from atproto_session.stores import complete
 
+from . import core
 from .core import (
     DID,
     OTHER_KEY,
@@ -795,6 +798,86 @@ def test_an_attempt_of_another_worker_is_not_taken_back() -> None:
     with pytest.raises(OAuthResponseError, match="later"):
         rig.get()
     assert rig.stored == others
+
+
+class StoreThatGoes(MemoryStore[Session]):
+    """:ivar is_away: nothing can be read or written.
+    :ivar goes_when_announced: it is when an attempt has been written.
+    """
+
+    is_away = False
+    goes_when_announced = False
+
+    def get(self, key: str) -> Session | None:
+        self._check()
+        return super().get(key)
+
+    def replace(self, key: str, session: Session | None, expected: Session | TokenSet | None) -> bool:
+        self._check()
+        is_done = super().replace(key, session, expected)
+        self.is_away = self.goes_when_announced and session is not None and session.attempt is not None
+        return is_done
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise StoreError("the server of the sessions is away", retryable=True)
+
+
+only_linux_tells = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells about other processes")
+
+
+@only_linux_tells
+def test_an_attempt_that_could_not_be_taken_back_keeps_nobody_of_this_machine_waiting() -> None:
+    store = StoreThatGoes()
+    rig = Rig(expired_session(), store, locks=core.NoLocks())
+    store.goes_when_announced = True
+    with pytest.raises(StoreError, match="away"):
+        rig.get()
+    store.is_away = store.goes_when_announced = False
+    assert rig.stored is not None
+    assert rig.stored.attempt is not None
+    assert rig.get(timeout=5.0).token_set.access_token == "access-2"
+    assert rig.authority.sends == 1
+
+
+@only_linux_tells
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_nor_does_one_whose_request_failed_while_the_store_was_away(is_sent: bool) -> None:
+    store = StoreThatGoes()
+    rig = Rig(expired_session(), store, locks=core.NoLocks())
+
+    def on_send(session: Session) -> None:
+        store.is_away = True
+        raise TransportError("no route", sent=is_sent)
+
+    rig.authority.on_send = on_send
+    with pytest.raises(RefreshInterruptedError if is_sent else TransportError):
+        rig.get()
+    store.is_away, rig.authority.on_send = False, None
+    assert rig.get(timeout=5.0).token_set.access_token == "access-2"
+
+
+@only_linux_tells
+def test_a_worker_that_is_at_work_is_waited_for_though_its_window_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate, looks = MemoryStore[Session](), Gate(), list[str]()
+    is_at_work = _worker._is_at_work
+
+    def look(on: str) -> bool:
+        looks.append(on)
+        return is_at_work(on)
+
+    monkeypatch.setattr(_worker, "_is_at_work", look)
+    one = Rig(expired_session(), store, locks=core.NoLocks())
+    one.authority.on_send = gate
+    first = Worker(one.get)
+    gate.wait_until_reached()
+    later = Freshness(clock=lambda: time.time() + QUICK.window + 60.0)
+    other = Rig(None, store, locks=core.NoLocks(), freshness=later)
+    second, seen = Worker(other.get), len(looks)
+    wait_until(lambda: len(looks) > seen + 2)
+    gate.open()
+    assert first.outcome() == second.outcome() == store.get(DID)
+    assert (one.authority.sends, other.authority.sends) == (1, 0)
 
 
 def test_a_lease_that_was_lost_spends_nothing() -> None:

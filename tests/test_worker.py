@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from atproto_session import _worker
-from atproto_session._worker import Life, life_of, this_worker
+from atproto_session._worker import Life, at_work, life_of, this_worker
 
 from .core import wait_until
-from .processes import in_child
+from .processes import forked, in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells about other processes")
 
@@ -37,6 +40,55 @@ def test_a_process_that_was_killed_is_gone_and_one_that_was_stopped_is_not() -> 
     assert life_of(worker) is Life.GONE
 
 
+def test_it_shows_what_it_is_at_work_on() -> None:
+    with at_work("this") as worker:
+        assert worker == this_worker()
+        assert life_of(worker, "this") is Life.ALIVE
+        assert life_of(worker, "that") is Life.GONE
+    assert life_of(worker, "this") is Life.GONE
+    assert life_of(worker) is Life.ALIVE
+    with at_work("this") as worker:  # and so on
+        assert life_of(worker, "this") is Life.ALIVE
+
+
+def test_another_process_sees_it_until_its_end() -> None:
+    def work(connection: Connection) -> None:
+        with at_work("this") as worker:
+            connection.send(worker)
+            connection.recv()
+
+    with forked(work) as child:
+        worker = child.hear()
+        assert life_of(worker, "this") is Life.ALIVE
+        assert life_of(worker, "that") is Life.GONE
+        os.kill(child.pid, signal.SIGSTOP)
+        assert life_of(worker, "this") is Life.ALIVE
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: life_of(worker, "this") is Life.GONE)
+
+
+def test_a_child_that_was_forked_is_not_at_the_work_of_its_parent() -> None:
+    def work(connection: Connection) -> None:
+        connection.recv()
+
+    with at_work("this") as worker, forked(work):
+        assert in_child(lambda: life_of(worker, "this")) is Life.ALIVE
+        _worker._signs.pop().close()  # as if the parent had done its work
+        assert life_of(worker, "this") is Life.GONE, "though its child is there"
+
+
+def test_what_cannot_be_shown_is_known_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("too many open files")
+
+    with at_work("this") as worker, at_work("this") as another:
+        assert life_of(another, "this") is Life.UNKNOWN, "another has this name"
+        monkeypatch.setattr(_worker, "_new_socket", refuse)
+        assert life_of(worker, "this") is Life.ALIVE, "in doubt"
+        with at_work("that") as third:
+            assert life_of(third, "that") is Life.UNKNOWN
+
+
 def test_another_process_with_the_same_number_is_another() -> None:
     assert life_of(f"{this_worker()}0") is Life.GONE
 
@@ -50,15 +102,8 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: Path, **options: object) -> str:
         raise PermissionError
 
-    this_worker.cache_clear()
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, "read_text", refuse)
-            assert this_worker().endswith("/")
-            assert life_of(this_worker()) is Life.UNKNOWN
-    finally:
-        this_worker.cache_clear()
-
-
-def test_a_child_is_another_worker() -> None:
-    assert in_child(this_worker) != this_worker()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert this_worker().endswith("/")
+    assert life_of(this_worker()) is Life.UNKNOWN
+    with at_work("this") as worker:
+        assert life_of(worker, "this") is Life.UNKNOWN

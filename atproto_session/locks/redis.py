@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
-from .._worker import Life, life_of, this_worker
+from .._worker import Life, at_work, life_of
 from ..errors import CancelledError, LockTimeoutError, StoreError, printable
 from . import LockKind
 from .threads import ThreadLocks
@@ -32,8 +32,9 @@ class RedisLocks:
     """A lock for each name, which is a lease: Redis gives it up when its time is over, or forgets it with all else, and
     its holder may be alive (``LockKind.LEASE``). It is the record that keeps two workers apart.
 
-    Those who wait are told of a release, one at a time. A lock names its worker: that of a worker of this machine whose
-    process is gone is taken at once. Threads of one process queue at a :class:`ThreadLocks` first.
+    Those who wait are told of a release, one at a time. A lock names its worker: that of a worker of this machine that
+    is gone, or that could not release it, is taken at once. Threads of one process queue at a :class:`ThreadLocks`
+    first.
 
     :param client: a ``redis.Redis`` or ``redis.RedisCluster``.
     :param prefix: what the names of all keys begin with.
@@ -49,8 +50,9 @@ class RedisLocks:
     @contextmanager
     def hold(self, name: str, *, timeout: float, cancel: threading.Event | None = None) -> Iterator[RedisHold]:
         deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
-        with self._threads.hold(name, timeout=timeout, cancel=cancel):
-            hold = RedisHold(self._client, self._key_of(name))
+        id = uuid.uuid4().hex
+        with self._threads.hold(name, timeout=timeout, cancel=cancel), at_work(id) as worker:
+            hold = RedisHold(self._client, self._key_of(name), f"{worker}/{id}")
             try:
                 while not hold.take():
                     if cancel is not None and cancel.is_set():
@@ -75,11 +77,13 @@ class RedisLocks:
 
 class RedisHold:
     """
+    :param token: who holds it: a worker, and what it is :func:`.at_work` on.
     :ivar lock: see :class:`.Hold`.
     """
 
-    def __init__(self, client: Any, lock: str) -> None:
+    def __init__(self, client: Any, lock: str, token: str) -> None:
         self.lock = lock
+        self._token = token
         self._client = client
         self._signal = f"{lock}:released"
         self._process = os.getpid()
@@ -88,11 +92,14 @@ class RedisHold:
     def take(self) -> bool:
         """Whether the lock was free, or that of a worker that is gone."""
         while True:
-            if self._lock.acquire(blocking=False, token=f"{this_worker()}/{uuid.uuid4().hex}"):
+            if self._lock.acquire(blocking=False, token=self._token):
                 return True
             holder = self._client.get(self.lock)
             holder = holder.decode("utf-8", "replace") if isinstance(holder, bytes) else holder
-            if holder is None or life_of(holder.rpartition("/")[0]) is not Life.GONE:
+            if holder is None:
+                return False
+            worker, _, id = holder.rpartition("/")
+            if life_of(worker, id) is not Life.GONE:
                 return False
             with suppress(LockError):  # another one was faster
                 self._lock.do_release(holder)

@@ -23,6 +23,8 @@ WORLDS = {
         World(locks="none", owners=("log_in",), pauses=True, stalls=1),
         World(owners=("log_in",), is_login_stale=True, stalls=1),
         World(owners=(), calls=2, stalls=1),
+        World(locks="none", owners=(), calls=2, stalls=1, is_one_machine=True),
+        World(locks="lease", owners=("log_out",), losses=1, mishaps=1, stalls=1, is_one_machine=True),
     ),
     3: (
         World(3, owners=(), stalls=1),

@@ -37,7 +37,7 @@ class WithoutNameOfLock(Refresh):
     def _is_over(self, attempt: Attempt) -> steps.Protocol[bool]:
         if attempt.is_over or self.terms.lock_kind is LockKind.HOLDER:
             return True
-        return (yield steps.LifeOf(attempt.by)) is Life.GONE
+        return (yield steps.LifeOf(attempt)) is Life.GONE
 
 
 class WithoutOutwaiting(Refresh):

@@ -135,6 +135,12 @@ class Node:
     def is_announcing(self) -> bool:
         return "_announce" in self.functions
 
+    def is_at_work(self, attempt: Attempt) -> bool:
+        """Whether it has signed ``attempt``, and has not released its lock since."""
+        earlier = None if self.session is None else self.session.attempt
+        is_signed = attempt.id in self.attempts and (earlier is None or earlier.id != attempt.id)
+        return is_signed and not {"_announce", "_spend"}.isdisjoint(self.functions)
+
     def asks_in(self, function: str) -> bool:
         return self.functions[-1] == function
 
@@ -193,7 +199,8 @@ class Kind:
         # The stack of a frame does not show. All that it can hold here is an error that is being handled: one of these.
         last = history[len(history) - history[::-1].index(REPORTED) :] if REPORTED in history else history
         faults = tuple(outcome for outcome in last if isinstance(outcome, Fault))
-        shape = faults, type(step), frozen(tuple(step)), *_frames_of(protocol)
+        # Nor does it show how many calls are over.
+        shape = history.count(REPORTED), faults, type(step), frozen(tuple(step)), *_frames_of(protocol)
         node = self._nodes.get(shape)
         if node is None:
             functions = _functions_of(protocol)

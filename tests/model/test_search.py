@@ -47,6 +47,9 @@ def _quickly(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         pytest.param(replace(NO_LOCKS, owners=NOBODY, is_one_machine=True), 1_000, id="no locks, one machine"),
         pytest.param(replace(NO_LOCKS, owners=LOG_OUT, stalls=0), 72_550, id="no locks, a log-out"),
         pytest.param(replace(NO_LOCKS, owners=NOBODY, mishaps=1), 1_000, id="no locks, a store that fails"),
+        pytest.param(
+            replace(NO_LOCKS, owners=NOBODY, mishaps=1, is_one_machine=True), 1_000, id="the same on one machine"
+        ),
         pytest.param(replace(HOLDER, owners=NOBODY, mishaps=1), 1_000, id="a store that fails"),
         pytest.param(
             replace(HOLDER, owners=NOBODY, compare=mechanisms.compare_tokens), 1_000, id="a store that compares tokens"
@@ -141,6 +144,11 @@ def test_a_trace_tells_who_did_what() -> None:
         "worker 2 writes its attempt",
         "worker 2 reads the record",
     )
+
+
+def test_a_worker_makes_as_many_calls_as_it_is_told() -> None:
+    once, twice = (search(World(1, owners=NOBODY, calls=calls, stalls=0), most=20_000).states for calls in (1, 2))
+    assert 100 < once < twice < 20_000
 
 
 def test_nodes_that_are_taken_for_one_go_on_alike() -> None:

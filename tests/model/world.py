@@ -72,7 +72,6 @@ class Actor(NamedTuple):
     request: Request | None = None
     is_gone: bool = False
     had_lock: bool | None = None
-    is_dead: bool = False
 
 
 class Grant(NamedTuple):
@@ -113,7 +112,7 @@ _ERRORS = ("StoreError", "TransportError", "RefreshInterruptedError", "OAuthResp
 class World:
     """:ivar locks: ``"holder"``: they die with their holder; ``"broken"``: and one is broken from outside, once;
         ``"lease"``: they run out, so many times (``losses``); ``"none"``.
-    :ivar is_one_machine: workers know of each other whether they live.
+    :ivar is_one_machine: workers know of each other whether they are at work.
     :ivar pauses: workers may stand still past their window.
     :ivar owners: who else there is: ``"log_out"``, ``"log_in"``, ``"end"``.
     :ivar is_login_stale: a log-in brings a session that has to be refreshed.
@@ -214,11 +213,11 @@ class World:
                     yield "still has its lock", self._go(s, me, a, True)
                 if s.holder != me or s.losses:
                     yield "has lost its lock", self._go(self._lose_lock(s) if s.holder == me else s, me, a, False)
-            case steps.LifeOf(by):
-                is_dead = s.actors[int(by)].is_dead
+            case steps.LifeOf(attempt):
+                by = int(attempt.by)
                 yield (
-                    f"asks whether {self.kinds[int(by)].name} lives",
-                    self._go(s, me, a, Life.GONE if is_dead else Life.ALIVE),
+                    f"asks whether {self.kinds[by].name} is at work",
+                    self._go(s, me, a, Life.ALIVE if s.actors[by].node.is_at_work(attempt) else Life.GONE),
                 )
             case steps.Now():
                 yield from self._look_at_clock(s, me, a)
@@ -439,7 +438,7 @@ class World:
         elif isinstance(a.node.step, steps.Revoke):
             s = _hurt(s, Record.of(a.node.step.session).grant)
         holder = None if s.holder == me else s.holder
-        return _put(s._replace(holder=holder), me, Actor(END, is_dead=self.is_one_machine))
+        return _put(s._replace(holder=holder), me, Actor(END))
 
     # What must hold
 

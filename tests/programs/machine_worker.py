@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from atproto_session import ClientMetadata, OAuthClient, Session, TokenSet, _worker
+from atproto_session import ClientMetadata, OAuthClient, Session, TokenSet, _driver, _worker
 from atproto_session._terms import Times
+from atproto_session._worker import Life
 
 from ..core import NoLocks
 
@@ -38,7 +39,7 @@ def say(message: dict[str, Any]) -> None:
 class Pauses:
     """
     :ivar step: where the next one to come stops: ``"attempt"`` and ``"send"`` are before these, ``"announced"`` is
-        between.
+        between; ``"found"`` is where another worker's attempt was found.
     """
 
     step: str | None = None
@@ -65,6 +66,11 @@ class Pauses:
 
             return sent
 
+        def life_of(worker: str, on: str | None = None) -> Life:
+            self.come_to("found")
+            return _worker.life_of(worker, on)
+
+        _driver.life_of = life_of  # type: ignore[attr-defined]
         vars(store)["replace"] = replaced
         vars(authority)["prepare"] = prepared
 

@@ -11,7 +11,7 @@ from ..servers import Missing
 
 
 @pytest.fixture(autouse=True)
-def possible(redis_server: str, postgresql_server: str) -> None:
+def possible(redis_server: str, postgresql_server: str, mysql_server: str) -> None:
     try:
         check_possible()
     except Missing as missing:
@@ -21,9 +21,9 @@ def possible(redis_server: str, postgresql_server: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["redis", "postgresql"])
+@pytest.mark.parametrize("engine", ["redis", "postgresql", "mysql"])
 def test_what_is_promised_on_many_machines(engine: str) -> None:
-    assert len(list(go_through(engine, FEW))) == 6
+    assert len(list(go_through(engine, FEW))) == (8 if engine == "redis" else 7)
 
 
 @pytest.mark.parametrize("engine", ["redis", "postgresql"])
