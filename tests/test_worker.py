@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -69,9 +70,11 @@ def test_another_process_sees_it_until_its_end() -> None:
 
 def test_a_child_that_was_forked_is_not_at_the_work_of_its_parent() -> None:
     def work(connection: Connection) -> None:
+        connection.send("begun")
         connection.recv()
 
-    with at_work("this") as worker, forked(work):
+    with at_work("this") as worker, forked(work) as child:
+        assert child.hear() == "begun"
         assert in_child(lambda: life_of(worker, "this")) is Life.ALIVE
         _worker._signs.pop().close()  # as if the parent had done its work
         assert life_of(worker, "this") is Life.GONE, "though its child is there"
@@ -107,3 +110,8 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     assert life_of(this_worker()) is Life.UNKNOWN
     with at_work("this") as worker:
         assert life_of(worker, "this") is Life.UNKNOWN
+
+
+def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "register_at_fork")
+    assert "at_work" in runpy.run_path(_worker.__file__)
