@@ -327,6 +327,8 @@ class MySQL(Server):
         ]
 
     def ping(self) -> None:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(f"{self.directory}/socket")  # PyMySQL leaves its own open where this fails
         with closing(connect_mysql(self.local_url)):
             pass
 
