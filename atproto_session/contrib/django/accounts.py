@@ -31,6 +31,7 @@ class BrowserAccounts:
 
     What an :class:`.OAuthSession` has, this has: ``request.atproto.get("/xrpc/...")`` is a request of the current
     account. It is true if there is one. ``request.atproto[did]`` is the session of another account of this browser.
+    Where the user is not there any more, or is locked out (``is_active``), there is no account either.
 
     Only DIDs and random ids are in Django's session; tokens stay in the store.
     """
@@ -78,8 +79,11 @@ class BrowserAccounts:
     def __getitem__(self, did: str) -> OAuthSession:
         if did not in self._ids:
             raise NobodyLoggedInError("this browser has not logged in with that account")
+        return self._open(did)
+
+    def _open(self, did: str) -> OAuthSession:
         if did not in self._opened:
-            opened = get_client().restore(did, refresh=False, session_id=self._ids[did])
+            opened = get_client().restore(did, refresh=False, session_id=dict(self.items())[did])
             opened.total_timeout = _TOTAL_TIMEOUT
             self._opened[did] = opened
         return self._opened[did]
@@ -108,21 +112,23 @@ class BrowserAccounts:
             raise NobodyLoggedInError("this browser has not logged in with that account")
         self.add(did, self._ids[did])
 
-    def is_there(self, did: str | None = None) -> bool:
-        """Whether the session of the current account, or of ``did``, is still in the store. Costs one look, and no
-        request.
+    def is_there(self) -> bool:
+        """Whether the session of the current account is still in the store. Costs one look, and no request.
 
         :raises SessionError: the store cannot be read.
         """
-        did = did or self.did
+        return self.did is not None and self.is_stored(self.did)
+
+    # For the views and the middleware
+
+    def is_stored(self, did: str) -> bool:
+        """Whether the session of an account is still in the store, whoever the user is."""
         try:
-            return did is not None and self[did] is not None
+            return did in dict(self.items()) and self._open(did) is not None
         except SessionError as error:
             if error.login_required:
                 return False
             raise
-
-    # For the views
 
     def add(self, did: str, session_id: str) -> None:
         """Let ``did`` be the current account."""
@@ -137,7 +143,9 @@ class BrowserAccounts:
             self.login = None
 
     def items(self) -> list[tuple[str, str]]:
-        return list(self._ids.items())
+        """What is in Django's session, whoever the user is."""
+        stored = self._request.session.get(_ACCOUNTS, [])
+        return [(did, session_id) for did, session_id in stored]
 
     @property
     def login(self) -> str | None:
@@ -153,11 +161,11 @@ class BrowserAccounts:
 
     @property
     def _ids(self) -> dict[str, str]:
-        stored = self._request.session.get(_ACCOUNTS, [])
-        return {did: session_id for did, session_id in stored}  # noqa: C416 - each is a list
+        user = getattr(self._request, "user", None)
+        return dict(self.items()) if user is None or user.is_authenticated else {}
 
     def _others(self, did: str) -> dict[str, str]:
-        return {other: session_id for other, session_id in self._ids.items() if other != did}
+        return {other: session_id for other, session_id in self.items() if other != did}
 
     def _write(self, ids: dict[str, str]) -> None:
         # A list: not every serializer of sessions keeps the order of an object.

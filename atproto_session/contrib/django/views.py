@@ -123,6 +123,8 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     if account is None:
         get_client().revoke(did, session_id=session_id)
         return answer(request, _web.Problem(HTTPStatus.FORBIDDEN, "refused", problem))
+    # A copy of the cookie of before is of no use. Django sees to that only where the user is another one.
+    request.session.cycle_key()
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
     before = dict(accounts.items()).get(did)
     accounts.add(did, session_id)

@@ -75,7 +75,9 @@ def site(network: LocalNetwork, django_database: None) -> Iterator[LocalNetwork]
     with local_network(network, times=RESTLESS):
         yield network
         conf.reset()
-    for table in (LogEntry, StoredSession, PendingLogin, Account, get_user_model(), Session):
+    user = get_user_model()
+    permissions: Any = user._meta.get_field("user_permissions").remote_field
+    for table in (LogEntry, StoredSession, PendingLogin, Account, permissions.through, user, Session):
         table.objects.all()._raw_delete("default")
 
 
