@@ -9,6 +9,7 @@ from django.http import HttpRequest
 
 from ...errors import SessionError, SessionNotFoundError
 from ...oauth_session import OAuthSession
+from .._web import TOTAL_TIMEOUT
 from .conf import get_client
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 #: In Django's session: the ``session_id`` of each account of this browser, the current one last; and the account that
 #: its user has logged in with, if it was one.
 _ACCOUNTS, _LOGIN = "_atproto_accounts", "_atproto_login"
-#: How long a request to an account's server may take, in seconds, unless a view says otherwise: less than the 30 after
-#: which gunicorn takes a worker for dead.
-_TOTAL_TIMEOUT = 25.0
 
 
 class NobodyLoggedInError(SessionNotFoundError):
@@ -84,7 +82,7 @@ class BrowserAccounts:
     def _open(self, did: str) -> OAuthSession:
         if did not in self._opened:
             opened = get_client().restore(did, refresh=False, session_id=dict(self.items())[did])
-            opened.total_timeout = _TOTAL_TIMEOUT
+            opened.total_timeout = TOTAL_TIMEOUT
             self._opened[did] = opened
         return self._opened[did]
 

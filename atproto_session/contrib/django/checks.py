@@ -12,7 +12,9 @@ from django.urls import reverse
 from django.utils import translation
 from django.utils.module_loading import import_string
 
-from ...errors import ClientMetadataError
+from ...errors import ClientMetadataError, SessionError, StoreError
+from ...stores import complete
+from ...stores._opening import backend_of
 from .conf import NAME, called, get_alias, get_option, get_settings
 
 _MIDDLEWARE = "atproto_session.contrib.django.middleware.ATProtoMiddleware"
@@ -24,9 +26,14 @@ _VENDORS = ("postgresql", "mysql", "sqlite")
 def check_settings(app_configs: Any, **options: Any) -> list[CheckMessage]:
     """Whether all that the app needs is there and can be used."""
     try:
-        get_settings()
+        known = get_settings()
     except (ClientMetadataError, ImproperlyConfigured) as error:
         return [Error(str(error), id="atproto_session.E001"), *_check_surroundings()]
+    try:
+        known.open_client(store="memory:", encryption_keys=()).close()
+    except (TypeError, ValueError, SessionError) as error:
+        found = Error(f"{called('OPTIONS')}: {error}", id="atproto_session.E001")
+        return [found, *_check_surroundings()]
     return [*_check_surroundings(), *_check_store(), *_check_languages()]
 
 
@@ -53,13 +60,23 @@ def _check_surroundings() -> list[CheckMessage]:
                 id="atproto_session.E005",
             )
         )
-    try:
-        import_string(get_option("NEW_USER"))
-    except (ImportError, AttributeError, TypeError) as error:
-        found.append(Error(f"{called('NEW_USER')} names no function: {error}", id="atproto_session.E006"))
-    except ImproperlyConfigured:
-        pass  # said by E001
+    found += _check_new_user()
     return found
+
+
+def _check_new_user() -> list[CheckMessage]:
+    try:
+        path = get_option("NEW_USER")
+    except ImproperlyConfigured:
+        return []  # said by E001
+    hint = "It is the path of a function, such as mysite.users.new_user."
+    try:
+        if callable(import_string(path)):
+            return []
+        problem = f"{called('NEW_USER')} names no function, but something else."
+    except (ImportError, AttributeError, TypeError) as error:
+        problem = f"{called('NEW_USER')} names no function: {error}"
+    return [Error(problem, hint=hint, id="atproto_session.E006")]
 
 
 def _is_our_backend(path: str) -> bool:
@@ -72,10 +89,10 @@ def _is_our_backend(path: str) -> bool:
 
 
 def _check_store() -> list[CheckMessage]:
-    if get_settings().store != "memory:" or "STORE" in getattr(settings, NAME):
-        return []
+    if (store := getattr(settings, NAME).get("STORE")) is not None:
+        return _check_other_store(store)
     alias = get_alias()
-    if alias not in connections.settings:
+    if not isinstance(alias, str) or alias not in connections.settings:
         return [Error(f"{called('DATABASE')} names no database of DATABASES: {alias!r}", id="atproto_session.E007")]
     vendor = connections[alias].vendor
     if vendor not in _VENDORS:
@@ -87,6 +104,18 @@ def _check_store() -> list[CheckMessage]:
                 id="atproto_session.E008",
             )
         ]
+    return []
+
+
+def _check_other_store(store: Any) -> list[CheckMessage]:
+    """Whether there is such a store. It is not opened."""
+    try:
+        if isinstance(store, str):
+            backend_of(store)
+        else:
+            complete(store)
+    except (StoreError, TypeError) as error:
+        return [Error(f"{called('STORE')}: {error}", id="atproto_session.E010")]
     return []
 
 

@@ -96,6 +96,14 @@ def get_client() -> OAuthClient:
     return made
 
 
+def end_session(did: str, session_id: str | None) -> None:
+    """Delete a session, and end it at its server, which is waited for a few seconds.
+
+    :raises SessionError: see :meth:`.OAuthClient.revoke`.
+    """
+    get_client().revoke(did, session_id=session_id, timeout=_web.END_WITHIN)
+
+
 def keeping_connections() -> AbstractContextManager[None]:
     """The store's connections to the database stay open in this block."""
     store = _stores.get("")

@@ -208,7 +208,7 @@ def test_a_log_in_leads_to_no_other_place(pages: Site, chromium: Chromium, accou
         "//evil.test/",
         "/\\evil.test",
         "/\t/evil.test",
-        "http://127.0.0.1//evil.test",
+        f"{pages.origin}//evil.test",
     ):
         pages.log_in(chromium, account, f"/atproto/login?next={quote(target, safe='')}")
         chromium.wait_for(f"Hello, {account.handle}.")
@@ -243,6 +243,25 @@ def test_a_copied_cookie_opens_nothing_later(
         thief.open(f"{pages.origin}/whoami")
         thief.wait_for('"user": null')
         pages.is_at_home(elsewhere, account)
+
+
+def test_a_copied_cookie_has_no_account_that_was_unlinked(
+    site: LocalNetwork, chromium: Chromium, new_chromium: Callable[[], Chromium], account: Account
+) -> None:
+    """The page asks no server, and Django's sessions are in signed cookies, which remember all."""
+    bob, thief = site.create_account("bob.test"), new_chromium()
+    with project(site, SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies") as pages:
+        pages.log_in(chromium, account)
+        pages.log_in(chromium, bob, "/atproto/link")
+        chromium.wait_for("in use")
+        thief.open(f"{pages.origin}/atproto/login")
+        thief.set_cookie("sessionid", chromium.cookies()["sessionid"])
+        thief.open(f"{pages.origin}/by-class")
+        thief.wait_for(bob.did)
+        chromium.send_form("/atproto/unlink", did=bob.did)
+        chromium.wait_for(f"@{account.handle}")
+        thief.open(f"{pages.origin}/by-class")
+        thief.wait_for("Handle")
 
 
 def test_a_session_that_was_planted_is_not_that_of_the_log_in(

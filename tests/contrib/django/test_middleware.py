@@ -171,3 +171,18 @@ def test_signals(site: LocalNetwork, browser: Client) -> None:
         ("in", (alice.did, False)),
         ("over", (alice.did, True, True)),
     ]
+
+
+def test_a_receiver_that_raises_keeps_no_session_alive(site: LocalNetwork, browser: Client) -> None:
+    def fail(**told: object) -> None:
+        raise ZeroDivisionError
+
+    log_in(browser, site, site.create_account())
+    log_in(browser, site, site.create_account(), link=True)
+    signals.logged_out.connect(fail)
+    try:
+        assert browser.post("/atproto/logout").status_code == 500
+    finally:
+        signals.logged_out.disconnect(fail)
+    assert StoredSession.objects.count() == 0
+    assert who(browser)["user"] is None
