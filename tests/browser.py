@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.cookies import SimpleCookie
 from typing import Any
 
 import pytest
@@ -210,3 +211,18 @@ def served(wsgi: Any, host: str = "127.0.0.1", *, tls: ssl.SSLContext | None = N
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def foreign(html: str, host: str = "127.0.0.1") -> Iterator[str]:
+    """A page of somebody else, on another port of the same host: what it sends comes with all cookies, ``SameSite`` or
+    not, and it is told the cookies itself. ``%token%`` in it is the token of Django's that it has found there."""
+
+    def application(environ: Any, start_response: Any) -> list[bytes]:
+        cookies = SimpleCookie(environ.get("HTTP_COOKIE", ""))
+        token = cookies["csrftoken"].value if "csrftoken" in cookies else ""
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [f"<!doctype html>{html}".replace("%token%", token).encode()]
+
+    with served(application, host) as origin:
+        yield origin

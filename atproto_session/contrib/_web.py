@@ -36,7 +36,7 @@ from ..errors import (
 from ..keys import Keyset
 from ..metadata import ClientMetadata
 from ..oauth_session import retry_after
-from ..stores import SessionStore
+from ..stores import SessionStore, complete
 
 #: Paths below the prefix.
 LOGIN, LOGOUT, CALLBACK = "/login", "/logout", "/callback"
@@ -163,11 +163,15 @@ class Settings:
 
         :param options: take precedence over :attr:`options`.
         :raises SessionError: see :class:`.OAuthClient`.
+        :raises ClientMetadataError: an option is wrong.
         """
         keyed = {"encryption_keys": self.encryption_keys} if self.encryption_keys else {}
         always: dict[str, Any] = {"timeout": _TIMEOUT, "store": self.store, "keyset": self.keyset}
         given: dict[str, Any] = {**always, **keyed, **self.options, **options}
-        return OAuthClient(self.client_metadata, **given)
+        try:
+            return OAuthClient(self.client_metadata, **given)
+        except (TypeError, ValueError) as error:
+            raise ClientMetadataError(str(error), field="OPTIONS") from error
 
     def origins(self, own: str) -> set[str]:
         """The origins of the application's pages, for :func:`is_foreign`.
@@ -252,6 +256,17 @@ def _checked_options(value: object) -> Mapping[str, Any]:
     return checked
 
 
+def _checked_store(value: Any) -> str | SessionStore:
+    """Whether it could be one. Which kind a URL names is not looked at before it is opened."""
+    if not isinstance(value, str):
+        try:
+            complete(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    store: str | SessionStore = value
+    return store
+
+
 def _checked_keys(value: Any) -> Keyset:
     return value if isinstance(value, Keyset) else Keyset.of(value)
 
@@ -280,6 +295,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "prefix": _checked_prefix,
     "metadata": _checked_mapping,
     "options": _checked_options,
+    "store": _checked_store,
 }
 
 

@@ -349,6 +349,8 @@ def _begin() -> Response:
 
 
 def _callback() -> Response:
+    if request.method == "HEAD":  # which would spend the code
+        abort(HTTPStatus.METHOD_NOT_ALLOWED)
     state = _state()
     ended = _web.end_login(state.settings, state.client, request.args.to_dict(flat=False), request.cookies)
     if isinstance(ended, _web.FailedLogin):

@@ -88,6 +88,12 @@ def test_with_a_public_url_and_keys_it_is_a_confidential_client() -> None:
     assert settings.origins("http://Inside:8000") == {"http://inside:8000", "https://app.example.com"}
 
 
+@pytest.mark.parametrize("timeout", ["5", -1])
+def test_what_the_client_does_not_take_is_a_wrong_setting(timeout: object) -> None:
+    with pytest.raises(ClientMetadataError, match="timeout is a number of seconds"):
+        Settings.read({"OPTIONS": {"timeout": timeout}}).open_client()
+
+
 def test_a_page_is_ready_before_gunicorn_ends_its_worker() -> None:
     """Which is after 30 seconds."""
     for given, expected in ({}, 25.0), ({"OPTIONS": {"timeout": 7}}, 7):
@@ -146,6 +152,7 @@ def test_encryption_keys_are_a_list_or_a_text() -> None:
         ({"OPTIONS": {"timeuot": 5}}, r"ATPROTO_OPTIONS: .*no option 'timeuot' here; is it 'timeout'\?"),
         ({"OPTIONS": {"store": "memory:"}}, "ATPROTO_OPTIONS: .*no option 'store' here"),
         ({"KEYS": "a secret that is none"}, "ATPROTO_KEYS: this is neither a JWKS nor a JWK"),
+        ({"STORE": 5}, "ATPROTO_STORE: a session store has the methods"),
         ({"KEYS": 5}, "ATPROTO_KEYS: keys are PEM text, a JWK, or a list of them"),
         ({"KEYS": [5]}, "ATPROTO_KEYS: each of the keys is PEM text or a JWK"),
         ({"ENCRYPTION_KEYS": "a secret"}, "ATPROTO_ENCRYPTION_KEYS: the key 1 is not a Fernet key"),

@@ -13,7 +13,6 @@ from django.utils import translation
 from django.utils.module_loading import import_string
 
 from ...errors import ClientMetadataError, SessionError, StoreError
-from ...stores import complete
 from ...stores._opening import backend_of
 from .conf import NAME, called, get_alias, get_option, get_settings
 
@@ -31,7 +30,7 @@ def check_settings(app_configs: Any, **options: Any) -> list[CheckMessage]:
         return [Error(str(error), id="atproto_session.E001"), *_check_surroundings()]
     try:
         known.open_client(store="memory:", encryption_keys=()).close()
-    except (TypeError, ValueError, SessionError) as error:
+    except SessionError as error:
         found = Error(f"{called('OPTIONS')}: {error}", id="atproto_session.E001")
         return [found, *_check_surroundings()]
     return [*_check_surroundings(), *_check_store(), *_check_languages()]
@@ -89,8 +88,10 @@ def _is_our_backend(path: str) -> bool:
 
 
 def _check_store() -> list[CheckMessage]:
-    if (store := getattr(settings, NAME).get("STORE")) is not None:
-        return _check_other_store(store)
+    if isinstance(store := getattr(settings, NAME).get("STORE"), str):
+        return _check_url(store)
+    if store is not None:
+        return []
     alias = get_alias()
     if not isinstance(alias, str) or alias not in connections.settings:
         return [Error(f"{called('DATABASE')} names no database of DATABASES: {alias!r}", id="atproto_session.E007")]
@@ -107,14 +108,11 @@ def _check_store() -> list[CheckMessage]:
     return []
 
 
-def _check_other_store(store: Any) -> list[CheckMessage]:
+def _check_url(store: str) -> list[CheckMessage]:
     """Whether there is such a store. It is not opened."""
     try:
-        if isinstance(store, str):
-            backend_of(store)
-        else:
-            complete(store)
-    except (StoreError, TypeError) as error:
+        backend_of(store)
+    except StoreError as error:
         return [Error(f"{called('STORE')}: {error}", id="atproto_session.E010")]
     return []
 

@@ -6,7 +6,6 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from html import escape
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,7 +21,7 @@ from atproto_session.contrib.django.models import Account as KnownAccount
 from atproto_session.contrib.django.models import StoredSession
 from atproto_session.testing.network import Account, LocalNetwork
 
-from ...browser import Chromium, served
+from ...browser import Chromium, foreign, served
 from .conftest import users
 
 PUBLIC = "https://app.example.com"
@@ -72,21 +71,6 @@ def project(network: LocalNetwork, *, without: str = "", **changed: Any) -> Iter
 def pages(site: LocalNetwork) -> Iterator[Site]:
     with project(site) as pages:
         yield pages
-
-
-@contextmanager
-def foreign(html: str) -> Iterator[str]:
-    """A page of somebody else, on another port of the same host: what it sends comes with all cookies, ``SameSite`` or
-    not, and it is told the cookies itself. ``%token%`` in it is the token of Django's that it has found there."""
-
-    def application(environ: Any, start_response: Any) -> list[bytes]:
-        cookies = SimpleCookie(environ.get("HTTP_COOKIE", ""))
-        token = cookies["csrftoken"].value if "csrftoken" in cookies else "x" * 32
-        start_response("200 OK", [("Content-Type", "text/html")])
-        return [f"<!doctype html>{html}".replace("%token%", token).encode()]
-
-    with served(application) as origin:
-        yield origin
 
 
 def test_a_person_logs_in_sees_data_and_logs_out(pages: Site, chromium: Chromium, account: Account) -> None:
@@ -208,11 +192,14 @@ def test_a_log_in_leads_to_no_other_place(pages: Site, chromium: Chromium, accou
         "//evil.test/",
         "/\\evil.test",
         "/\t/evil.test",
-        f"{pages.origin}//evil.test",
     ):
         pages.log_in(chromium, account, f"/atproto/login?next={quote(target, safe='')}")
         chromium.wait_for(f"Hello, {account.handle}.")
         assert chromium.url == f"{pages.origin}/"
+    chromium.open(f"{pages.origin}/atproto/login")
+    chromium.send_form("/atproto/login", account=account.handle, next=f"{pages.origin}//evil.test")
+    pages.consent(chromium, account)
+    chromium.wait_for(f"Hello, {account.handle}.")
     pages.log_in(chromium, account, "/atproto/login?next=/whoami")
     chromium.wait_for_url(f"{pages.origin}/whoami")
 

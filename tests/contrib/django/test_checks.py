@@ -80,7 +80,7 @@ def test_settings_that_are_wrong(changed: dict[str, Any], said: str) -> None:
         ({"ATPROTO_SESSION": {**GOOD, "DATABASE": "elsewhere"}}, ["E007"]),
         ({"ATPROTO_SESSION": {**GOOD, "DATABASE": ["default"]}}, ["E007"]),
         ({"ATPROTO_SESSION": {**GOOD, "STORE": "nonsense://"}}, ["E010"]),
-        ({"ATPROTO_SESSION": {**GOOD, "STORE": 7}}, ["E010"]),
+        ({"ATPROTO_SESSION": {**GOOD, "STORE": 7}}, ["E001"]),
         ({"ATPROTO_SESSION": {**GOOD, "STORE": "redis://127.0.0.1:1"}}, []),
         ({"ATPROTO_SESSION": {**GOOD, "STORE": {}}}, []),
         ({"ATPROTO_SESSION": {**GOOD, "STORE": "memory:", "DATABASE": "elsewhere"}}, []),
