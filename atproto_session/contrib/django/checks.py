@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.models import EmailField
 from django.urls import reverse
 from django.utils import translation
 from django.utils.module_loading import import_string
 
 from ...errors import ClientMetadataError, SessionError, StoreError
 from ...stores._opening import backend_of
-from .conf import NAME, called, get_alias, get_option, get_settings
+from .conf import DEFAULTS, NAME, called, get_alias, get_option, get_settings
 
 _MIDDLEWARE = "atproto_session.contrib.django.middleware.ATProtoMiddleware"
 _BEFORE = "django.contrib.auth.middleware.AuthenticationMiddleware"
@@ -133,6 +135,20 @@ def _check_languages() -> list[CheckMessage]:
     ]
 
 
+def _check_names() -> list[CheckMessage]:
+    model: Any = get_user_model()
+    name = model._meta.get_field(model.USERNAME_FIELD)
+    if get_option("NEW_USER") != DEFAULTS["NEW_USER"] or not isinstance(name, EmailField):
+        return []
+    return [
+        Warning(
+            f"Users are named by their {name.name}, which an account does not tell: new ones get a name that is none.",
+            hint=f"Name a function that makes users in {called('NEW_USER')}.",
+            id="atproto_session.W004",
+        )
+    ]
+
+
 def check_deployment(app_configs: Any, **options: Any) -> list[CheckMessage]:
     """What is right for development, and not in production (``check --deploy``)."""
     try:
@@ -155,6 +171,7 @@ def check_deployment(app_configs: Any, **options: Any) -> list[CheckMessage]:
                 id="atproto_session.W002",
             )
         )
+    found += _check_names()
     if not known.encryption_keys:
         found.append(
             Warning(

@@ -115,3 +115,12 @@ def test_what_is_not_for_production(changed: dict[str, Any], found: list[str]) -
     with override_settings(ATPROTO_SESSION={**GOOD, **changed}):
         assert ids(check_settings) == []
         assert ids(check_deployment) == found
+
+
+def test_users_who_are_named_by_something_that_an_account_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    from django.contrib.auth import get_user_model
+
+    monkeypatch.setattr(get_user_model(), "USERNAME_FIELD", "email")
+    assert ids(check_deployment) == ["W001", "W004", "W003"]
+    with override_settings(ATPROTO_SESSION={**GOOD, "NEW_USER": "mysite.users.new"}):
+        assert "W004" not in ids(check_deployment)

@@ -137,6 +137,25 @@ def test_an_asynchronous_view_knows_the_user(site: LocalNetwork, browser: Client
     assert browser.get("/later").content.decode() == Account.objects.get().user.get_username()
 
 
+@pytest.mark.parametrize("page", ["/data-later", "/data-later-by-class"])
+def test_asynchronous_views_that_need_an_account(site: LocalNetwork, browser: Client, page: str) -> None:
+    assert browser.get(page)["Location"] == f"/atproto/login?next={page}"
+    alice = site.create_account()
+    log_in(browser, site, alice)
+    assert browser.get(page).json()["did"] == alice.did
+    site.revoke_sessions(alice.did)
+    assert browser.get(page)["Location"] == f"/atproto/login?next={page}"
+
+
+def test_a_view_that_streams(site: LocalNetwork, browser: Client) -> None:
+    alice = site.create_account("alice.test")
+    log_in(browser, site, alice)
+    site.expire_access_tokens(alice.did)
+    streamed: Any = browser.get("/stream")
+    assert b"".join(streamed.streaming_content).count(b"alice.test") == 2
+    assert site.rotations == 1
+
+
 def test_signals(site: LocalNetwork, browser: Client) -> None:
     told: list[tuple[str, object]] = []
 
