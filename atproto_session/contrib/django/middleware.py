@@ -116,7 +116,7 @@ def _said(error: Exception) -> str:
 
 def _user_of(request: HttpRequest, user: Any) -> Any:
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
-    if user.is_authenticated and accounts.login is not None and not accounts.is_there(accounts.login):
+    if user.is_authenticated and accounts.login is not None and not accounts.is_stored(accounts.login):
         from django.contrib.auth.models import AnonymousUser
 
         return AnonymousUser()
