@@ -38,13 +38,13 @@ def this_worker() -> str:
 def at_work(on: str) -> Iterator[str]:
     """Show, as long as this lasts, that this worker is at work ``on`` something. Brings the worker's name, which tells
     if that cannot be shown."""
-    is_seen = False
+    worker, is_seen = this_worker(), False
     with ExitStack() as held:
-        if _machine():
+        if not worker.endswith("/"):  # the system tells about workers
             with suppress(OSError):
                 held.enter_context(_sign_of(on))
                 is_seen = _is_at_work(on)
-        yield this_worker() if is_seen else f"{this_worker()}{_WITHOUT_SIGN}"
+        yield worker if is_seen else f"{worker}{_WITHOUT_SIGN}"
 
 
 def life_of(worker: str, on: str | None = None) -> Life:

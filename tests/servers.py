@@ -132,8 +132,11 @@ class Server(ABC):
 
     def start(self) -> None:
         """Also after :meth:`stop` and :meth:`kill`, at the same port."""
-        for _ in range(5):  # another program may take the port in between
-            self.port = self.port or free_port()
+        port = self.port
+        for _ in range(
+            5
+        ):  # another program may take the port in between, or it may be too high for a node of a cluster
+            self.port = port or free_port()
             command, options = self._command(), self._as_user()
             if self._prefix:  # which takes root
                 user = options.pop("user", None)
