@@ -144,11 +144,18 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
     before = dict(accounts.items()).get(did)
     accounts.add(did, session_id)
-    if before is not None:  # of this browser, which has no more use for it
-        end_session(did, before)
-    logged_in.send(
-        sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
-    )
+    told = {"user": account.user, "account": account, "session": result.session, "is_new": is_new}
+    try:
+        logged_in.send(sender=Account, request=request, **told)
+    except BaseException:  # a receiver does not want this account
+        if accounts.login == did:
+            logout(request)
+        else:
+            accounts.remove(did)
+        raise
+    finally:
+        if before is not None:  # of this browser, which has no more use for it
+            end_session(did, before)
     return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
 
 
