@@ -364,6 +364,12 @@ class Ticket:
     secret: str = field(repr=False)
     secure: bool
 
+    @property
+    def cookie(self) -> dict[str, Any]:
+        """The arguments of ``set_cookie``, which the frameworks call by the same names."""
+        given = {"key": self.name, "value": self.secret, "secure": self.secure}
+        return {**given, "max_age": TICKET_LIFETIME, "httponly": True, "samesite": "Lax"}
+
 
 @dataclass(frozen=True)
 class BegunLogin:

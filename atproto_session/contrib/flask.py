@@ -200,14 +200,7 @@ class ATProto:
             self.settings, self.client, account, own=_own_origin(), cookies=request.cookies, next=next, **options
         )
         response = _see_other(login.url)
-        response.set_cookie(
-            login.ticket.name,
-            login.ticket.secret,
-            max_age=_web.TICKET_LIFETIME,
-            secure=login.ticket.secure,
-            httponly=True,
-            samesite="Lax",
-        )
+        response.set_cookie(**login.ticket.cookie)
         return _without_cookies(response, login.stale)
 
     def _answer(self, error: Exception) -> Response:

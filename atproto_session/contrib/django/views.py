@@ -36,12 +36,20 @@ from .conf import end_session, get_client, get_settings
 from .middleware import answer, log, page, to_login, wants_json
 from .signals import logged_in
 
+_View = Callable[[HttpRequest], HttpResponse]
+
 _BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
 #: What the signature of a link is for.
 _LINK = "atproto_session.contrib.django.link"
 
 
-def _login_required(view: Callable[[HttpRequest], HttpResponse]) -> Callable[[HttpRequest], HttpResponse]:
+def _own_page(view: _View) -> _View:
+    """What all pages of the log-in have in common."""
+    page: _View = login_not_required(transaction.non_atomic_requests(never_cache(csrf_protect(view))))
+    return page
+
+
+def _login_required(view: _View) -> _View:
     """As Django's own, but programs get a 401, and nobody comes back to a page that only takes forms."""
 
     @wraps(view)
@@ -56,20 +64,14 @@ def _login_required(view: Callable[[HttpRequest], HttpResponse]) -> Callable[[Ht
     return checked
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @require_http_methods(["GET", "HEAD", "POST"])
 def login_view(request: HttpRequest) -> HttpResponse:
     """The form, and with POST the beginning of a log-in."""
     return _begin(request, next=_safe_next(request), link=False)
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @_login_required
 @require_http_methods(["GET", "HEAD", "POST"])
 def link(request: HttpRequest) -> HttpResponse:
@@ -101,20 +103,11 @@ def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpRespons
     except SessionError as error:
         return _form(request, target=target, link=link, problem=_problem_of(error))
     response = HttpResponseRedirect(begun.url)
-    response.set_cookie(
-        begun.ticket.name,
-        begun.ticket.secret,
-        max_age=_web.TICKET_LIFETIME,
-        secure=begun.ticket.secure,
-        httponly=True,
-        samesite="Lax",
-    )
+    response.set_cookie(**begun.ticket.cookie)
     return _without(response, begun.stale)
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
+@_own_page
 @require_GET
 def callback(request: HttpRequest) -> HttpResponse:
     """Where the authorization server sends the browser back to."""
@@ -151,11 +144,18 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
     before = dict(accounts.items()).get(did)
     accounts.add(did, session_id)
-    if before is not None:  # of this browser, which has no more use for it
-        end_session(did, before)
-    logged_in.send(
-        sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
-    )
+    told = {"user": account.user, "account": account, "session": result.session, "is_new": is_new}
+    try:
+        logged_in.send(sender=Account, request=request, **told)
+    except BaseException:  # a receiver does not want this account
+        if accounts.login == did:
+            logout(request)
+        else:
+            accounts.remove(did)
+        raise
+    finally:
+        if before is not None:  # of this browser, which has no more use for it
+            end_session(did, before)
     return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
 
 
@@ -185,10 +185,7 @@ def _link(request: HttpRequest, result: CallbackResult, pk: str) -> tuple[Any, s
     return account, ""
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @require_POST
 def logout_view(request: HttpRequest) -> HttpResponse:
     """End what this browser has: its sessions of accounts, and the user's own. Other browsers keep theirs."""
@@ -197,10 +194,7 @@ def logout_view(request: HttpRequest) -> HttpResponse:
     return HttpResponseRedirect(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @_login_required
 @require_safe
 def accounts(request: HttpRequest) -> HttpResponse:
@@ -211,10 +205,7 @@ def accounts(request: HttpRequest) -> HttpResponse:
     return page(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
 
 
-@login_not_required
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @_login_required
 @require_POST
 def unlink(request: HttpRequest) -> HttpResponse:

@@ -73,13 +73,22 @@ def pages(site: LocalNetwork) -> Iterator[Site]:
         yield pages
 
 
+@pytest.mark.parametrize("without", ["", "CsrfViewMiddleware"])
+def test_a_person_refuses_and_changes_their_mind(
+    site: LocalNetwork, chromium: Chromium, account: Account, without: str
+) -> None:
+    with project(site, without=without) as pages:
+        pages.begin(chromium, account)
+        pages.consent(chromium, account, "Deny")
+        chromium.wait_for("access_denied")
+        chromium.fill("account", account.handle)
+        chromium.press("Log in")
+        pages.consent(chromium, account)
+        chromium.wait_for(f"Hello, {account.handle}.")
+
+
 def test_a_person_logs_in_sees_data_and_logs_out(pages: Site, chromium: Chromium, account: Account) -> None:
-    pages.begin(chromium, account)
-    pages.consent(chromium, account, "Deny")
-    chromium.wait_for("access_denied")
-    chromium.fill("account", f"@{account.handle}")
-    chromium.press("Log in")
-    pages.consent(chromium, account)
+    pages.log_in(chromium, account)
     chromium.wait_for(f"Hello, {account.handle}.")
     assert set(chromium.cookies()) == {"csrftoken", "sessionid"}
     bob = pages.network.create_account("bob.test")

@@ -205,3 +205,27 @@ def test_a_receiver_that_raises_keeps_no_session_alive(site: LocalNetwork, brows
         signals.logged_out.disconnect(fail)
     assert StoredSession.objects.count() == 0
     assert who(browser)["user"] is None
+
+
+def test_a_receiver_may_turn_an_account_away(site: LocalNetwork, browser: Client) -> None:
+    """A log-in with it logs nobody in. A link leaves the others as they are."""
+    from django.core.exceptions import PermissionDenied
+
+    alice, bob = site.create_account(), site.create_account()
+
+    def refuse(account: Account, **told: object) -> None:
+        if account.did == bob.did:
+            raise PermissionDenied
+
+    signals.logged_in.connect(refuse)
+    try:
+        assert log_in(browser, site, bob).status_code == 403
+        assert "_auth_user_id" not in browser.session
+        log_in(browser, site, alice)
+        Account.objects.filter(did=bob.did).delete()
+        assert log_in(browser, site, bob, link=True).status_code == 403
+    finally:
+        signals.logged_in.disconnect(refuse)
+    assert who(browser)["all"] == [alice.did]
+    assert browser.get("/data").json()["did"] == alice.did
+    assert StoredSession.objects.count() == 1
