@@ -8,6 +8,7 @@ all of that; elsewhere nothing is known about other workers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import socket
@@ -28,6 +29,7 @@ class Life(Enum):
     UNKNOWN = "it runs or ran elsewhere, or this machine does not tell"
 
 
+@functools.cache
 def this_worker() -> str:
     """The name of this process: host, machine, number and start."""
     pid = os.getpid()
@@ -43,7 +45,8 @@ def at_work(on: str) -> Iterator[str]:
         if not worker.endswith("/"):  # the system tells about workers
             with suppress(OSError):
                 held.enter_context(_sign_of(on))
-                is_seen = _is_at_work(on)
+                # A thread may have gone to where others do not look.
+                is_seen = _is_at_work(on) and worker.rsplit("/", 3)[1] == _machine()
         yield worker if is_seen else f"{worker}{_WITHOUT_SIGN}"
 
 
@@ -120,7 +123,8 @@ def _place_of(work: str) -> bytes:
 
 
 def _take_down() -> None:
-    """A child that was forked does not do its parent's work."""
+    """A child that was forked is another worker, and does not do its parent's work."""
+    this_worker.cache_clear()
     while _signs:
         _signs.pop().close()
 

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -101,6 +102,18 @@ def test_of_one_that_can_show_nothing_the_process_counts(monkeypatch: pytest.Mon
     assert life_of(gone, "this") is Life.GONE
 
 
+def test_a_thread_that_has_gone_to_another_network_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows there cannot be seen from here."""
+    this_worker()
+    machine = _worker._machine()
+    with monkeypatch.context() as gone, ExitStack() as work:
+        gone.setattr(_worker, "_machine", lambda: f"{machine}1")
+        worker = work.enter_context(at_work("this"))
+        gone.undo()
+        gone.setattr(_worker, "_is_at_work", lambda on: False)
+        assert life_of(worker, "this") is Life.ALIVE
+
+
 def test_another_process_with_the_same_number_is_another() -> None:
     assert life_of(f"{this_worker()}0") is Life.GONE
 
@@ -114,11 +127,20 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: Path, **options: object) -> str:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert this_worker().endswith("/")
-    assert life_of(this_worker()) is Life.UNKNOWN
-    with at_work("this") as worker:
-        assert life_of(worker, "this") is Life.UNKNOWN
+    this_worker.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", refuse)
+            assert this_worker().endswith("/")
+            assert life_of(this_worker()) is Life.UNKNOWN
+            with at_work("this") as worker:
+                assert life_of(worker, "this") is Life.UNKNOWN
+    finally:
+        this_worker.cache_clear()
+
+
+def test_a_child_is_another_worker() -> None:
+    assert in_child(this_worker) != this_worker()
 
 
 def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
