@@ -134,11 +134,12 @@ class BrowserAccounts:
         self._opened.pop(did, None)
 
     def remove(self, did: str) -> None:
-        """Forget an account, without ending its session."""
+        """Forget an account, without ending its session. If the user has logged in with it, they stay logged in by the
+        account that is the current one then."""
         self._write(self._others(did))
         self._opened.pop(did, None)
         if self.login == did:
-            self.login = None
+            self.login = next(reversed(self._others(did)), None)
 
     def items(self) -> list[tuple[str, str]]:
         """What is in Django's session, whoever the user is."""

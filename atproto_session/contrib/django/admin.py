@@ -60,10 +60,6 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         end = partial(end_session, did, session_id or None)
         transaction.on_commit(end, using=router.db_for_write(LogEntry))
 
-    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[StoredSession]) -> None:
-        for session in queryset:
-            self.delete_model(request, session)
-
     @admin.action(permissions=["delete"], description="End the selected sessions")
     def delete_selected(self, request: HttpRequest, queryset: QuerySet[StoredSession]) -> None:
         """In the place of Django's own action of this name."""

@@ -168,6 +168,22 @@ def test_a_copied_cookie_opens_nothing_after_the_log_out(
             assert (answer.status_code, answer["Location"]) == (302, f"/atproto/login?next={page}")
 
 
+def test_who_unlinks_the_account_of_the_log_in_is_logged_in_by_another(
+    site: LocalNetwork, browser: Client, another_browser: Client
+) -> None:
+    """So that a cookie that is copied then opens nothing after the log-out, either."""
+    alice, bob = site.create_account(), site.create_account()
+    with override_settings(SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies"):
+        log_in(browser, site, alice)
+        log_in(browser, site, bob, link=True)
+        assert browser.post("/atproto/unlink", {"did": alice.did}).status_code == 302
+        assert who(browser)["user"] is not None
+        another_browser.cookies["sessionid"] = browser.cookies["sessionid"].value
+        assert who(another_browser)["user"] is not None
+        browser.post("/atproto/logout")
+        assert who(another_browser)["user"] is None
+
+
 def test_every_log_out_of_django_is_one(site: LocalNetwork, browser: Client) -> None:
     log_in(browser, site, site.create_account())
     user = Account.objects.get().user
