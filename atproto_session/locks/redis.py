@@ -61,9 +61,7 @@ class RedisLocks:
                         raise LockTimeoutError(f"another worker keeps the lock of {printable(name)}; try again later")
                     hold.wait(min(left, _SLICE))
             except RedisError as error:
-                raise StoreError(
-                    f"the locks in Redis cannot be used: {type(error).__name__}", retryable=True
-                ) from error
+                raise _unusable(error) from error
             try:
                 yield hold
             finally:
@@ -115,7 +113,7 @@ class RedisHold:
         except LockError:
             return False
         except RedisError as error:
-            raise StoreError(f"the locks in Redis cannot be used: {type(error).__name__}", retryable=True) from error
+            raise _unusable(error) from error
 
     def end(self) -> None:
         if self._process != os.getpid():
@@ -127,3 +125,8 @@ class RedisHold:
                 pipeline.rpush(self._signal, 1)
                 pipeline.pexpire(self._signal, _SIGNAL_LASTS)
                 pipeline.execute()
+
+
+def _unusable(error: RedisError) -> StoreError:
+    message = printable(str(error), 200)  # which names commands and addresses, never the password
+    return StoreError(f"the locks in Redis cannot be used: {type(error).__name__}: {message}", retryable=True)
