@@ -99,8 +99,9 @@ bench-peers: $(VENV)/.made  ## what other libraries do with one expired session,
 extras: $(VENV)/.made  ## install each extra alone, and use it
 	$(BIN)/python -m tests.extras
 
-bench-scale: $(VENV)/.made  ## what a read costs among a thousand and among a million accounts, in each store
-	$(BIN)/python tests/bench_scale.py
+bench-scale: $(VENV)/.made  ## how each store grows to a million accounts, many that expire at once, killed workers
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.bench_scale --docs docs
 
 clean:  ## remove what was made
 	rm -rf $(VENV) $(PEERS) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -18,7 +18,7 @@ class Times:
     :ivar window: how far ahead an attempt says that its answer may come. Others wait so long for a worker that died.
     :ivar spare: how much of the window has to be left when the request leaves.
     :ivar extend_every: how often a worker that waits for its answer moves the window on.
-    :ivar longest: how long a worker is waited for that is known to be alive.
+    :ivar longest: how long a worker is waited for that is known to be at work on its attempt still.
     :ivar store_for: how long it is tried to store new tokens.
     :ivar look_again: how often a worker that waits for another's answer looks whether it is stored.
     :ivar patience: how long another process may need to store what it has refreshed, where no lock tells.

@@ -8,13 +8,17 @@ all of that; elsewhere nothing is known about other workers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
+
+#: Ends the name of a worker whose system lets it show nothing: one that may not have Unix sockets, or no more files.
+_WITHOUT_SIGN = "?"
 
 
 class Life(Enum):
@@ -25,28 +29,25 @@ class Life(Enum):
     UNKNOWN = "it runs or ran elsewhere, or this machine does not tell"
 
 
+@functools.cache
 def this_worker() -> str:
     """The name of this process: host, machine, number and start."""
-    return _name(_machine())
-
-
-def _name(machine: str) -> str:
     pid = os.getpid()
-    return f"{socket.gethostname()}/{machine}/{pid}/{_start_of(pid) or ''}"
+    return f"{socket.gethostname()}/{_machine()}/{pid}/{_start_of(pid) or ''}"
 
 
 @contextmanager
 def at_work(on: str) -> Iterator[str]:
-    """Show, as long as this lasts, that this worker is at work ``on`` something. Brings the worker's name: where there
-    can be no sign, one of which nothing is known."""
-    machine = _machine()
+    """Show, as long as this lasts, that this worker is at work ``on`` something. Brings the worker's name, which tells
+    if that cannot be shown."""
+    worker, is_seen = this_worker(), False
     with ExitStack() as held:
-        try:
-            if machine:
+        if not worker.endswith("/"):  # the system tells about workers
+            with suppress(OSError):
                 held.enter_context(_sign_of(on))
-        except OSError:
-            machine = ""
-        yield _name(machine if machine and _is_at_work(on) else "")
+                # A thread may have gone to where others do not look.
+                is_seen = _is_at_work(on) and worker.rsplit("/", 3)[1] == _machine()
+        yield worker if is_seen else f"{worker}{_WITHOUT_SIGN}"
 
 
 def life_of(worker: str, on: str | None = None) -> Life:
@@ -55,10 +56,12 @@ def life_of(worker: str, on: str | None = None) -> Life:
     :param on: what it was :func:`at_work` on.
     """
     _, machine, pid, start = worker.rsplit("/", 3) if worker.count("/") >= 3 else ("", "", "", "")
-    if not (machine and start and pid.isdecimal()) or machine != _machine():
+    began = start.removesuffix(_WITHOUT_SIGN)
+    if not (machine and began and pid.isdecimal()) or machine != _machine():
         return Life.UNKNOWN
-    is_there = _start_of(int(pid)) == start and (on is None or _is_at_work(on))
-    return Life.ALIVE if is_there else Life.GONE
+    if _start_of(int(pid)) != began:
+        return Life.GONE
+    return Life.ALIVE if on is None or start != began or _is_at_work(on) else Life.GONE
 
 
 def _machine() -> str:
@@ -120,7 +123,8 @@ def _place_of(work: str) -> bytes:
 
 
 def _take_down() -> None:
-    """A child that was forked does not do its parent's work."""
+    """A child that was forked is another worker, and does not do its parent's work."""
+    this_worker.cache_clear()
     while _signs:
         _signs.pop().close()
 

@@ -93,7 +93,8 @@ class Attempt:
     """The trace of a refresh request that may have left and whose answer has not been stored. Never holds a token.
 
     :ivar id: tells this attempt from every other.
-    :ivar by: the worker that made it: its host, its machine's boot, its process and when that was started.
+    :ivar by: the worker that made it: its host, its machine's boot and namespaces, its process and when that was
+        started.
     :ivar started_at: when, seconds since the epoch.
     :ivar answer_by: until when its answer can still come, seconds since the epoch. A worker that waits for an answer
         moves it on.

@@ -133,18 +133,21 @@ def refresh(turns: int) -> float:
     return least_ratio(json.loads(done.stdout))
 
 
-def herd() -> float:
+def herd(store: str | None = None, *, processes: int = PROCESSES) -> float:
     """The longest that a request waited while ``ACCOUNTS`` tokens expired. Fails if a request did, or a token was spent
-    twice."""
+    twice.
+
+    :param store: by default a new SQLite file.
+    """
     accounts = {bench_servers.did_of(number): bench_servers.server_of(number, SERVERS) for number in range(ACCOUNTS)}
     with (
         tempfile.TemporaryDirectory() as directory,
         bench_servers.running(Path(directory), servers=SERVERS, latency=0.15) as environment,
     ):
-        store = f"sqlite:///{directory}/sessions.db"
+        store = store or f"sqlite:///{directory}/sessions.db"
         keep_sessions(store, accounts, lifetime=SECONDS)
         job = json.dumps([store, ACCOUNTS, SECONDS])
-        processes = [
+        workers = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.bench_herd", job],
                 env={**os.environ, **environment},
@@ -154,15 +157,15 @@ def herd() -> float:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-            for _ in range(PROCESSES)
+            for _ in range(processes)
         ]
         said = []
-        for process in processes:
+        for process in workers:
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RuntimeError("a worker did not start")
-        for process in processes:
+        for process in workers:
             print(time.time(), file=process.stdin, flush=True)
-        for process in processes:
+        for process in workers:
             said.append(json.loads(process.communicate()[0]))
         counts = bench_servers.statistics(environment)
     failures = [failure for each in said for failure in each["failures"]]
@@ -286,25 +289,32 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> str:
-    titles = ("What", "Measured", "Target", "Limit")
     rows = [
         (each["text"], *(f"{each[name]:.2f}{each['unit']}" for name in ("value", "target", "limit")))
         for each in document["figures"]
     ]
+    return table_of(("What", "Measured", "Target", "Limit"), rows)
+
+
+def table_of(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table as the documents have them."""
     widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
     line = " ".join("=" * width for width in widths)
     lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (titles, *rows)]
     return "\n".join([line, lines[0].rstrip(), line, *(text.rstrip() for text in lines[1:]), line])
 
 
-def write(page: Path, table: str, versions: str) -> None:
+def versions() -> str:
+    return f"on {os.cpu_count()} processors with Python {platform.python_version()}"
+
+
+def write(page: Path, table: str, versions: str, what: str = "") -> None:
     """Put a table into a page, between its two marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(".. measured\n")
-    after = rest.partition(".. end of what was measured\n")[2]
+    begin, end = f".. measured {what}".rstrip() + "\n", f".. end of what was measured {what}".rstrip() + "\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
     measured = f"Measured on {datetime.now(UTC).date().isoformat()} {versions}:"
-    page.write_text(
-        f"{before}.. measured\n\n{measured}\n\n{table}\n\n.. end of what was measured\n{after}", encoding="utf-8"
-    )
+    page.write_text(f"{before}{begin}\n{measured}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -346,8 +356,7 @@ def main() -> int:
     if options.docs is not None:
         (options.docs / "bench.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         draw(document, options.docs / "bench.svg")
-        versions = f"on {os.cpu_count()} processors with Python {platform.python_version()}"
-        write(options.docs / "performance.rst", table(document), versions)
+        write(options.docs / "performance.rst", table(document), versions())
     return int(any(value > figure.limit for figure, value in values))
 
 

@@ -177,13 +177,17 @@ def running(
 
 
 def lead_there() -> None:
-    """Let all names of this process lead to the servers. To be called before anything of the library is imported."""
+    """Let all names of theirs lead to the servers in this process. To be called before anything of the library is
+    imported."""
     port = int(os.environ["BENCH_PORT"])
+    usual: Any = socket.getaddrinfo
 
-    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[Any, ...]]:
+    def getaddrinfo(host: Any, *arguments: object, **options: object) -> list[tuple[Any, ...]]:
+        if not str(host).endswith(DOMAIN):
+            return list(usual(host, *arguments, **options))
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
 
-    socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]
+    socket.getaddrinfo = getaddrinfo
 
 
 def statistics(environment: dict[str, str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.cookies import SimpleCookie
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.expected_conditions import staleness_of
 from selenium.webdriver.support.wait import WebDriverWait
 from werkzeug.serving import make_server
 
@@ -96,7 +98,17 @@ class Chromium:
         """What a person reads on the page."""
         return str(self.driver.find_element(By.TAG_NAME, "body").text)
 
+    @property
+    def framed(self) -> str:
+        """The address of what the first frame of the page shows."""
+        self.driver.switch_to.frame(0)
+        try:
+            return str(self.driver.execute_script("return location.href"))
+        finally:
+            self.driver.switch_to.default_content()
+
     def open(self, url: str) -> None:
+        """Until all that belongs to the page is there."""
         self.driver.get(url)
 
     def find(self, css: str) -> WebElement:
@@ -128,6 +140,24 @@ class Chromium:
             return False
 
         self._wait(pressed, f"there is no button {label}")
+
+    def send_form(self, action: str, /, **values: str) -> None:
+        """As the people do who know how to change a page: send a form of their own, with the token of Django's that is
+        in the page. Until the answer is there."""
+        page = self.driver.find_element(By.TAG_NAME, "html")
+        self.driver.execute_script(
+            """
+            const form = document.createElement("form"), token = document.querySelector("[name=csrfmiddlewaretoken]");
+            Object.assign(form, {method: "post", action: arguments[0]});
+            for (const [name, value] of Object.entries({...arguments[1], csrfmiddlewaretoken: token.value}))
+                form.append(Object.assign(document.createElement("input"), {name, value}));
+            document.body.append(form);
+            form.submit();
+            """,
+            action,
+            values,
+        )
+        self._wait(staleness_of(page), f"{action} does not answer")
 
     def wait_for(self, text: str) -> None:
         """Until a person reads ``text``."""
@@ -181,3 +211,18 @@ def served(wsgi: Any, host: str = "127.0.0.1", *, tls: ssl.SSLContext | None = N
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def foreign(html: str, host: str = "127.0.0.1") -> Iterator[str]:
+    """A page of somebody else, on another port of the same host: what it sends comes with all cookies, ``SameSite`` or
+    not, and it is told the cookies itself. ``%token%`` in it is the token of Django's that it has found there."""
+
+    def application(environ: Any, start_response: Any) -> list[bytes]:
+        cookies = SimpleCookie(environ.get("HTTP_COOKIE", ""))
+        token = cookies["csrftoken"].value if "csrftoken" in cookies else ""
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [f"<!doctype html>{html}".replace("%token%", token).encode()]
+
+    with served(application, host) as origin:
+        yield origin

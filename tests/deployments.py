@@ -27,6 +27,7 @@ from celery import Celery
 from atproto_session import SQLiteStore
 from atproto_session.stores import FullStore
 
+from .contrib.django.project import open_django_store
 from .core import SOON, wait_until
 from .processes import ROOT
 from .servers import free_port
@@ -388,3 +389,38 @@ class Deployment:
             users.end()
         assert self.site.stop() == 0
         assert self.celery.stop() == 0
+
+
+@contextmanager
+def django_deployment(
+    directory: Path,
+    broker: str,
+    database: dict[str, Any],
+    options: dict[str, Any],
+    account: Any,
+    authorize: Callable[[str], str],
+) -> Iterator[Deployment]:
+    """The Django example under gunicorn, with its sessions in its own database, and Celery.
+
+    :param database: an entry of ``DATABASES``.
+    """
+    scene = {"database": database, "options": options}
+    subprocess.run(
+        [sys.executable, "-m", "tests.programs.django_site"],
+        env={**unmeasured(), "SITE_SCENE": dumps(scene)},
+        cwd=ROOT,
+        check=True,
+    )
+    with Deployment(
+        directory,
+        broker,
+        options,
+        account,
+        authorize,
+        gunicorn=("--workers", "4", "--threads", "4"),
+        pool="prefork",
+        site=("django_site", "/"),
+        store=open_django_store(database),
+        scene=scene,
+    ) as deployment:
+        yield deployment

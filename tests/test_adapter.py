@@ -30,6 +30,7 @@ from atproto_session.transport import Transport
 
 from .core import wait_until
 from .loopback import LOOPBACK, ScriptedServer, answer, network_to, read_request
+from .processes import stop
 
 GENEROUS = 30.0
 BODY = b'{"access_token": "' + b"a" * 40_000 + b'"}'
@@ -87,7 +88,7 @@ def test_a_process_that_stood_still_reads_the_answer_that_came_meanwhile(
     def script(connection: socket.socket) -> None:
         read_request(connection)
         assert started.wait(GENEROUS)
-        os.kill(worker[0].pid, signal.SIGSTOP)
+        stop(worker[0].pid)
         in_pieces(connection, answer(200, BODY, content_type="application/json"))
         time.sleep(3.5)  # until the time of the worker is over, and longer does not matter
         os.kill(worker[0].pid, signal.SIGCONT)

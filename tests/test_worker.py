@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -69,24 +71,47 @@ def test_another_process_sees_it_until_its_end() -> None:
 
 def test_a_child_that_was_forked_is_not_at_the_work_of_its_parent() -> None:
     def work(connection: Connection) -> None:
+        connection.send("begun")
         connection.recv()
 
-    with at_work("this") as worker, forked(work):
+    with at_work("this") as worker, forked(work) as child:
+        assert child.hear() == "begun"
         assert in_child(lambda: life_of(worker, "this")) is Life.ALIVE
         _worker._signs.pop().close()  # as if the parent had done its work
         assert life_of(worker, "this") is Life.GONE, "though its child is there"
 
 
-def test_what_cannot_be_shown_is_known_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_one_that_can_show_nothing_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise OSError("too many open files")
 
+    def work() -> str:
+        with at_work("this") as worker:
+            return worker
+
     with at_work("this") as worker, at_work("this") as another:
-        assert life_of(another, "this") is Life.UNKNOWN, "another has this name"
+        assert life_of(another, "that") is Life.ALIVE, "its name was taken"
         monkeypatch.setattr(_worker, "_new_socket", refuse)
-        assert life_of(worker, "this") is Life.ALIVE, "in doubt"
-        with at_work("that") as third:
-            assert life_of(third, "that") is Life.UNKNOWN
+        assert life_of(worker, "that") is Life.ALIVE, "in doubt"
+        monkeypatch.undo()
+        assert life_of(worker, "that") is Life.GONE
+    monkeypatch.setattr(_worker, "_new_socket", refuse)
+    worker, gone = work(), in_child(work)
+    monkeypatch.undo()
+    assert life_of(worker, "this") is Life.ALIVE
+    assert life_of(gone, "this") is Life.GONE
+
+
+def test_a_thread_that_has_gone_to_another_network_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows there cannot be seen from here."""
+    this_worker()
+    machine = _worker._machine()
+    with monkeypatch.context() as gone, ExitStack() as work:
+        gone.setattr(_worker, "_machine", lambda: f"{machine}1")
+        worker = work.enter_context(at_work("this"))
+        gone.undo()
+        gone.setattr(_worker, "_is_at_work", lambda on: False)
+        assert life_of(worker, "this") is Life.ALIVE
 
 
 def test_another_process_with_the_same_number_is_another() -> None:
@@ -102,8 +127,22 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: Path, **options: object) -> str:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert this_worker().endswith("/")
-    assert life_of(this_worker()) is Life.UNKNOWN
-    with at_work("this") as worker:
-        assert life_of(worker, "this") is Life.UNKNOWN
+    this_worker.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", refuse)
+            assert this_worker().endswith("/")
+            assert life_of(this_worker()) is Life.UNKNOWN
+            with at_work("this") as worker:
+                assert life_of(worker, "this") is Life.UNKNOWN
+    finally:
+        this_worker.cache_clear()
+
+
+def test_a_child_is_another_worker() -> None:
+    assert in_child(this_worker) != this_worker()
+
+
+def test_where_nothing_forks_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "register_at_fork")
+    assert "at_work" in runpy.run_path(_worker.__file__)

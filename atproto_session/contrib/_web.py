@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from http import HTTPStatus
+from inspect import signature
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -35,7 +36,7 @@ from ..errors import (
 from ..keys import Keyset
 from ..metadata import ClientMetadata
 from ..oauth_session import retry_after
-from ..stores import SessionStore
+from ..stores import SessionStore, complete
 
 #: Paths below the prefix.
 LOGIN, LOGOUT, CALLBACK = "/login", "/logout", "/callback"
@@ -47,6 +48,12 @@ TICKET_LIFETIME = 3600
 #: So many log-ins of one browser may be under way. A new one takes the place of the oldest.
 _MOST_TICKETS = 8
 _LONGEST_NEXT = 2000
+#: How long a log-in or a refresh is waited for, and how long a request to an account's server may take, in seconds,
+#: unless it is said otherwise: less than the 30 after which gunicorn takes a worker for dead.
+_TIMEOUT = 25.0
+TOTAL_TIMEOUT = 25.0
+#: How long a person who logs out waits for the server of the account, in seconds. It is told in the background then.
+END_WITHIN = 5.0
 #: ASCII without controls, spaces and backslashes, from which browsers make something else than the server does; beyond
 #: it, all that is printable.
 _NEXT = re.compile(r"/(?!/)[^\x00-\x20\\\x7f]*")
@@ -94,9 +101,7 @@ class Settings:
         known = {each.name.upper(): each.name for each in fields(cls)}
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; is it {called(near[0])}?" if near else f"; there are {', '.join(map(called, known))}"
-                raise ClientMetadataError(f"{called(name)} is no setting{hint}", field=name)
+                raise ClientMetadataError(f"{called(name)} is no setting{_hint(name, known, called)}", field=name)
         values = {known[name]: value for name, value in given.items() if value is not None and value != ""}
         for name, check in _CHECKS.items():
             if name in values:
@@ -158,10 +163,15 @@ class Settings:
 
         :param options: take precedence over :attr:`options`.
         :raises SessionError: see :class:`.OAuthClient`.
+        :raises ClientMetadataError: an option is wrong.
         """
         keyed = {"encryption_keys": self.encryption_keys} if self.encryption_keys else {}
-        given: dict[str, Any] = {"store": self.store, "keyset": self.keyset, **keyed, **self.options, **options}
-        return OAuthClient(self.client_metadata, **given)
+        always: dict[str, Any] = {"timeout": _TIMEOUT, "store": self.store, "keyset": self.keyset}
+        given: dict[str, Any] = {**always, **keyed, **self.options, **options}
+        try:
+            return OAuthClient(self.client_metadata, **given)
+        except (TypeError, ValueError) as error:
+            raise ClientMetadataError(str(error), field="OPTIONS") from error
 
     def origins(self, own: str) -> set[str]:
         """The origins of the application's pages, for :func:`is_foreign`.
@@ -170,14 +180,22 @@ class Settings:
         """
         return {own.lower()} if self.public_url is None else {own.lower(), origin(self.public_url)}
 
-    def origin_for_login(self, own: str) -> str | None:
+    def origin_for_login(self, own: str, root: str = "") -> str | None:
         """Where a browser has to be to log in, if that is not ``own``, the origin that its request came to. A browser
         keeps cookies by host, and the client for development returns to ``127.0.0.1``, never to ``localhost``.
 
-        :raises ClientMetadataError: this is a client for development, and ``own`` is not on this machine.
+        :param root: the path that the application is below.
+        :raises ClientMetadataError: this is a client for development, and ``own`` is not on this machine, or not the
+            whole of its host.
         """
         if self.public_url is not None:
             return None
+        if root:
+            raise ClientMetadataError(
+                "without a public URL, log-ins come back to the root of the host, and the application is below "
+                f"{root}; set the public URL, or leave the path out in development",
+                field="PUBLIC_URL",
+            )
         parts = urlsplit(own)
         if parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1"):
             return None
@@ -192,6 +210,11 @@ class Settings:
     def redirect_uri(self, own: str) -> str | None:
         """Where a log-in that begins at ``own`` returns to; ``None`` for the only one there is."""
         return f"{own}{self.prefix}{CALLBACK}" if self.is_development else None
+
+
+def _hint(name: object, known: Iterable[str], called: Callable[[str], str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; is it {called(near[0])}?" if near else f"; there are {', '.join(map(called, known))}"
 
 
 def _checked_public_url(value: object) -> str:
@@ -224,6 +247,26 @@ def _checked_mapping(value: object) -> Mapping[str, Any]:
     return value
 
 
+def _checked_options(value: object) -> Mapping[str, Any]:
+    checked = _checked_mapping(value)
+    known = [name for name in signature(OAuthClient).parameters if name not in ("metadata", "store", "keyset")]
+    for name in checked:
+        if name not in known:
+            raise ValueError(f"OAuthClient has no option {name!r} here{_hint(name, known, repr)}")
+    return checked
+
+
+def _checked_store(value: Any) -> str | SessionStore:
+    """Whether it could be one. Which kind a URL names is not looked at before it is opened."""
+    if not isinstance(value, str):
+        try:
+            complete(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    store: str | SessionStore = value
+    return store
+
+
 def _checked_keys(value: Any) -> Keyset:
     return value if isinstance(value, Keyset) else Keyset.of(value)
 
@@ -251,7 +294,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "encryption_keys": _checked_encryption_keys,
     "prefix": _checked_prefix,
     "metadata": _checked_mapping,
-    "options": _checked_mapping,
+    "options": _checked_options,
+    "store": _checked_store,
 }
 
 
@@ -319,6 +363,12 @@ class Ticket:
     name: str
     secret: str = field(repr=False)
     secure: bool
+
+    @property
+    def cookie(self) -> dict[str, Any]:
+        """The arguments of ``set_cookie``, which the frameworks call by the same names."""
+        given = {"key": self.name, "value": self.secret, "secure": self.secure}
+        return {**given, "max_age": TICKET_LIFETIME, "httponly": True, "samesite": "Lax"}
 
 
 @dataclass(frozen=True)
@@ -451,6 +501,7 @@ class Problem:
     retry_after: int | None = None
 
 
+NO_ACCOUNT = Problem(HTTPStatus.BAD_REQUEST, "no_account", "Please enter the name of your account.")
 #: What is not the other side's fault is a bug of the application, or of who runs it, and stays an error.
 _OURS = (StoreError, ClientMetadataError, AuthMethodUnsatisfiableError)
 _THEIRS = (OAuthResponseError, TransportError, IdentityError, DiscoveryError)

@@ -77,11 +77,6 @@ session_over = _signals.signal("atproto-session-over")
 #: Where the ids of a browser's session are, in Flask's own session and in ``app.config`` and ``app.extensions``.
 _KEY = "atproto"
 _SETTING = "ATPROTO_"
-#: How long a request to an account's server may take, in seconds, unless a view says otherwise: less than the 30 after
-#: which gunicorn takes a worker for dead.
-_TOTAL_TIMEOUT = 25.0
-#: How long a person who logs out waits for the server of the account, in seconds. It is told in the background then.
-_END_WITHIN = 5.0
 #: How long to look for a handle, in seconds.
 _HANDLE_WITHIN = 5.0
 
@@ -205,14 +200,7 @@ class ATProto:
             self.settings, self.client, account, own=_own_origin(), cookies=request.cookies, next=next, **options
         )
         response = _see_other(login.url)
-        response.set_cookie(
-            login.ticket.name,
-            login.ticket.secret,
-            max_age=_web.TICKET_LIFETIME,
-            secure=login.ticket.secure,
-            httponly=True,
-            samesite="Lax",
-        )
+        response.set_cookie(**login.ticket.cookie)
         return _without_cookies(response, login.stale)
 
     def _answer(self, error: Exception) -> Response:
@@ -302,7 +290,7 @@ def _load(did: str | None, session_id: str | None) -> Account:
             raise
         # The cookie is left as it is: this may be an old request, and a new cookie be on its way.
         return Account(extension, None, None, None)
-    opened.total_timeout = _TOTAL_TIMEOUT
+    opened.total_timeout = _web.TOTAL_TIMEOUT
     return Account(extension, did, session_id, opened)
 
 
@@ -346,8 +334,7 @@ def _begin() -> Response:
     _refuse_foreign_pages()
     account, target = request.form.get("account", "").strip(), request.form.get("next")
     if not account:
-        problem = Problem(HTTPStatus.BAD_REQUEST, "no_account", "Please enter the name of your account.")
-        return _login_page(problem, account, target)
+        return _login_page(_web.NO_ACCOUNT, account, target)
     try:
         return ATProto().begin_login(account, target)
     except SessionError as error:
@@ -355,6 +342,8 @@ def _begin() -> Response:
 
 
 def _callback() -> Response:
+    if request.method == "HEAD":  # which would spend the code
+        abort(HTTPStatus.METHOD_NOT_ALLOWED)
     state = _state()
     ended = _web.end_login(state.settings, state.client, request.args.to_dict(flat=False), request.cookies)
     if isinstance(ended, _web.FailedLogin):
@@ -365,7 +354,7 @@ def _callback() -> Response:
     # that only if there is something in it.
     if (regenerate := getattr(current_app.session_interface, "regenerate", None)) is not None:
         regenerate(session)
-    opened.total_timeout = _TOTAL_TIMEOUT
+    opened.total_timeout = _web.TOTAL_TIMEOUT
     g.atproto = Account(ATProto(), opened.did, ended.session_id, opened)
     try:
         logged_in.send(_app(), account=g.atproto, handle=ended.result.handle)
@@ -404,7 +393,7 @@ def _end(did: str | None, session_id: str | None) -> None:
     if did is None:
         return
     try:
-        _state().client.revoke(did, session_id=session_id, timeout=_END_WITHIN)
+        _state().client.revoke(did, session_id=session_id, timeout=_web.END_WITHIN)
     except SessionError as error:
         if not error.login_required:  # it is not there, or another client's
             raise
@@ -431,7 +420,7 @@ def _refuse_foreign_pages() -> None:
 
 def _moved_for_login(account: str | None, target: str | None) -> Response | None:
     """Sends the browser to the host that the log-in comes back to, if that is another one: there its cookies are."""
-    origin = _state().settings.origin_for_login(_own_origin())
+    origin = _state().settings.origin_for_login(_own_origin(), request.script_root)
     if origin is None:
         return None
     return _see_other(origin + url_for("atproto.login", account=account or None, next=_web.safe_next(target)))

@@ -92,10 +92,8 @@ class RedisHold:
         while True:
             if self._lock.acquire(blocking=False, token=self._token):
                 return True
-            holder = self._client.get(self.lock)
+            holder = self._client.get(self.lock) or ""
             holder = holder.decode("utf-8", "replace") if isinstance(holder, bytes) else holder
-            if holder is None:
-                return False
             worker, _, id = holder.rpartition("/")
             if life_of(worker, id) is not Life.GONE:
                 return False

@@ -58,6 +58,14 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintex
         encryption on and :func:`.rotate_encryption`. Otherwise that is a StoreError.
     :raises StoreError: the URL cannot be understood, what it needs is not installed, or the place cannot be used.
     """
+    return backend_of(url).from_url(url, encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
+
+
+def backend_of(url: str) -> Backend:
+    """The kind of store that ``url`` names. Nothing is opened.
+
+    :raises StoreError: there is none, or what it needs is not installed.
+    """
     if not isinstance(url, str):
         raise StoreError(
             f"the URL of a store is text, such as sqlite:///sessions.db, not {type(url).__name__}; SQLiteStore and "
@@ -70,8 +78,8 @@ def open_store(url: str, *, encryption_keys: EncryptionKeys = (), allow_plaintex
             f"are {_EXAMPLES}"
         )
     scheme = scheme.partition("+")[0].lower()
-    backend = _OWN.get(scheme) or (_with_extra(scheme) if scheme in _WITH_EXTRA else _installed(scheme))
-    return backend.from_url(url, encryption_keys=encryption_keys, allow_plaintext=allow_plaintext)
+    found: Backend = _OWN.get(scheme) or (_with_extra(scheme) if scheme in _WITH_EXTRA else _installed(scheme))
+    return found
 
 
 def _with_extra(scheme: str) -> Any:

@@ -214,6 +214,14 @@ def test_a_log_out_leads_where_the_form_says(visitor: Visitor) -> None:
     assert visitor.post("/atproto/logout", next="/bye").location == "/bye"
 
 
+def test_who_asks_for_the_headers_alone_ends_no_log_in(app: Flask, network: LocalNetwork, account: Account) -> None:
+    browser = app.test_client()
+    begun = browser.post("/atproto/login", data={"account": account.handle}, base_url="http://127.0.0.1")
+    callback = network.authorize(begun.location, account)
+    assert browser.head(callback).status_code == 405
+    assert browser.get(callback).status_code == 303
+
+
 def test_only_a_form_logs_in_and_out(visitor: Visitor, network: LocalNetwork, account: Account) -> None:
     visitor.log_in(account)
     assert visitor.get("/atproto/logout").status_code == 405

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from html import escape
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 import trustme
@@ -20,7 +19,7 @@ from atproto_session.contrib.flask import ATProto
 from atproto_session.keys import generate_jwk
 from atproto_session.testing.network import Account, LocalNetwork
 
-from ..browser import Chromium, served
+from ..browser import Chromium, foreign, served
 from .examples import EXAMPLES, flask_example
 
 PUBLIC = "https://app.example.com"
@@ -170,17 +169,11 @@ def test_another_browser_ends_no_log_in(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 @pytest.mark.parametrize("path", ["/atproto/login", "/atproto/logout"])
 def test_a_foreign_page_sends_a_form(site: Site, chromium: Chromium, account: Account, host: str, path: str) -> None:
-    """From another port of the same host it comes with all cookies, ``SameSite`` or not."""
-    page = f"""<!doctype html><form method="post" action="{escape(site.origin + path)}">
+    page = f"""<form method="post" action="{escape(site.origin + path)}">
         <input name="account" value="{account.handle}"><button>You have won</button></form>"""
-
-    def foreign(environ: Any, start_response: Any) -> list[bytes]:
-        start_response("200 OK", [("Content-Type", "text/html")])
-        return [page.encode()]
-
     site.log_in(chromium, account)
     asked = site.network.par_requests
-    with served(foreign, host) as evil:
+    with foreign(page, host) as evil:
         chromium.open(evil)
         chromium.press("You have won")
         chromium.wait_for("sent by a page of another site")
@@ -208,6 +201,33 @@ def test_a_copied_cookie_opens_nothing_after_the_log_out(
     site.log_in(chromium, account)
     thief.open(f"{site.origin}/")
     assert "Hello" not in thief.text
+
+
+def test_a_foreign_page_leads_to_a_page_and_shows_it_in_a_frame(
+    site: Site, chromium: Chromium, account: Account
+) -> None:
+    site.log_in(chromium, account)
+    asked = site.network.par_requests
+    for path in (f"login?account={account.handle}", "logout"):
+        with foreign(f'<a href="{site.origin}/atproto/{path}">You have won</a>') as evil:
+            chromium.open(evil)
+            chromium.press("You have won")
+            chromium.wait_for_url(site.origin)
+    with foreign(f'<iframe src="{site.origin}/atproto/login"></iframe>') as evil:
+        chromium.open(evil)
+        assert chromium.framed.startswith("chrome-error:")
+    assert (site.network.par_requests, site.network.revocations) == (asked, 0)
+    site.read_data(chromium, account)
+
+
+def test_a_log_in_leads_to_no_other_place(site: Site, chromium: Chromium, account: Account) -> None:
+    for target in ("https://evil.test/account", "//evil.test/", "/\\evil.test", "/\t/evil.test"):
+        chromium.open(f"{site.origin}/atproto/login?next={quote(target, safe='')}")
+        chromium.fill("account", account.handle)
+        chromium.press("Log in")
+        site.consent(chromium, account)
+        chromium.wait_for(f"Hello {account.handle}")
+        assert chromium.url == f"{site.origin}/"
 
 
 def test_a_person_logs_in_in_production(network: LocalNetwork, account: Account) -> None:

@@ -88,6 +88,19 @@ def test_with_a_public_url_and_keys_it_is_a_confidential_client() -> None:
     assert settings.origins("http://Inside:8000") == {"http://inside:8000", "https://app.example.com"}
 
 
+@pytest.mark.parametrize("timeout", ["5", -1])
+def test_what_the_client_does_not_take_is_a_wrong_setting(timeout: object) -> None:
+    with pytest.raises(ClientMetadataError, match="timeout is a number of seconds"):
+        Settings.read({"OPTIONS": {"timeout": timeout}}).open_client()
+
+
+def test_a_page_is_ready_before_gunicorn_ends_its_worker() -> None:
+    """Which is after 30 seconds."""
+    for given, expected in ({}, 25.0), ({"OPTIONS": {"timeout": 7}}, 7):
+        with Settings.read(given).open_client() as client:
+            assert client._timeout == expected
+
+
 def test_with_a_public_url_alone_it_is_a_public_client() -> None:
     document = Settings.read({"PUBLIC_URL": "https://app.example.com", "KEYS": "", "NAME": None}).metadata_document()
     assert document["token_endpoint_auth_method"] == "none"
@@ -136,7 +149,10 @@ def test_encryption_keys_are_a_list_or_a_text() -> None:
         ({"PREFIX": "atproto"}, "ATPROTO_PREFIX: it is a path such as /atproto"),
         ({"PREFIX": 1}, "ATPROTO_PREFIX: it is a path"),
         ({"OPTIONS": "timeout"}, "ATPROTO_OPTIONS: it is not a mapping"),
+        ({"OPTIONS": {"timeuot": 5}}, r"ATPROTO_OPTIONS: .*no option 'timeuot' here; is it 'timeout'\?"),
+        ({"OPTIONS": {"store": "memory:"}}, "ATPROTO_OPTIONS: .*no option 'store' here"),
         ({"KEYS": "a secret that is none"}, "ATPROTO_KEYS: this is neither a JWKS nor a JWK"),
+        ({"STORE": 5}, "ATPROTO_STORE: a session store has the methods"),
         ({"KEYS": 5}, "ATPROTO_KEYS: keys are PEM text, a JWK, or a list of them"),
         ({"KEYS": [5]}, "ATPROTO_KEYS: each of the keys is PEM text or a JWK"),
         ({"ENCRYPTION_KEYS": "a secret"}, "ATPROTO_ENCRYPTION_KEYS: the key 1 is not a Fernet key"),
@@ -172,6 +188,8 @@ def test_development_is_at_the_address_that_log_ins_return_to() -> None:
     for elsewhere in ("http://app.example.com", "https://localhost:5000", "http://192.168.1.2:5000"):
         with pytest.raises(ClientMetadataError, match="only; set the public URL"):
             settings.origin_for_login(elsewhere)
+    with pytest.raises(ClientMetadataError, match="below /there; set the public URL"):
+        settings.origin_for_login("http://127.0.0.1:5000", "/there")
 
 
 # Pages

@@ -30,7 +30,8 @@ WORLDS = {
         World(3, owners=(), stalls=1),
         World(3, locks="lease", owners=(), losses=1, stalls=0),
         World(3, locks="broken", owners=(), stalls=0),
-        World(3, locks="none", owners=(), stalls=0),
+        World(3, locks="none", owners=(), stalls=1),
+        World(3, locks="none", owners=(), stalls=0, is_one_machine=True),
     ),
 }
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,9 @@ import pytest
 
 from atproto_session.testing.network import LocalNetwork
 
-from ..contrib.django.project import database_of, open_django_store
+from ..contrib.django.project import database_of
 from ..core import SOON, wait_until
-from ..deployments import Deployment, unmeasured
+from ..deployments import Deployment, django_deployment
 from ..processes import ROOT
 
 PATCHED = ROOT / "tests" / "programs" / "gunicorn_patched.py"
@@ -55,34 +52,6 @@ def deployment(
         yield deployment
 
 
-@pytest.fixture
-def django_deployment(
-    network: LocalNetwork, redis_server: str, postgresql_url: str, tmp_path: Path
-) -> Iterator[Deployment]:
-    """The Django example, with its sessions in PostgreSQL."""
-    account = network.create_account()
-    scene = {"database": database_of(postgresql_url), "options": network.client_options()}
-    subprocess.run(
-        [sys.executable, "-m", "tests.programs.django_site"],
-        env={**unmeasured(), "SITE_SCENE": json.dumps(scene)},
-        cwd=ROOT,
-        check=True,
-    )
-    with Deployment(
-        tmp_path,
-        redis_server,
-        network.client_options(),
-        account,
-        lambda url: network.authorize(url, account),
-        gunicorn=("--workers", "4", "--threads", "4"),
-        pool="prefork",
-        site=("django_site", "/"),
-        store=open_django_store(database_of(postgresql_url)),
-        scene=scene,
-    ) as deployment:
-        yield deployment
-
-
 def hang_up_during_a_refresh(deployment: Deployment, network: LocalNetwork) -> None:
     """The workers that are replaced end their refresh, and the new ones find what it brings."""
     hold = network.fault("refresh", "hold")
@@ -109,11 +78,22 @@ def test_one_refresh_for_each_expiry_and_no_request_is_lost(deployment: Deployme
     check(deployment, network)
 
 
-def test_django_with_its_sessions_in_postgresql(django_deployment: Deployment, network: LocalNetwork) -> None:
-    for step in (django_deployment.hang_up, django_deployment.kill_a_worker, django_deployment.restart_celery):
-        step()
-        django_deployment.settle()
-    check(django_deployment, network)
+def test_django_with_its_sessions_in_postgresql(
+    network: LocalNetwork, redis_server: str, postgresql_url: str, tmp_path: Path
+) -> None:
+    account = network.create_account()
+    with django_deployment(
+        tmp_path,
+        redis_server,
+        database_of(postgresql_url),
+        network.client_options(),
+        account,
+        lambda url: network.authorize(url, account),
+    ) as deployment:
+        for step in (deployment.hang_up, deployment.kill_a_worker, deployment.restart_celery):
+            step()
+            deployment.settle()
+        check(deployment, network)
 
 
 def check(deployment: Deployment, network: LocalNetwork) -> None:

@@ -9,6 +9,7 @@ from django.http import HttpRequest
 
 from ...errors import SessionError, SessionNotFoundError
 from ...oauth_session import OAuthSession
+from .._web import TOTAL_TIMEOUT
 from .conf import get_client
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 #: In Django's session: the ``session_id`` of each account of this browser, the current one last; and the account that
 #: its user has logged in with, if it was one.
 _ACCOUNTS, _LOGIN = "_atproto_accounts", "_atproto_login"
-#: How long a request to an account's server may take, in seconds, unless a view says otherwise: less than the 30 after
-#: which gunicorn takes a worker for dead.
-_TOTAL_TIMEOUT = 25.0
 
 
 class NobodyLoggedInError(SessionNotFoundError):
@@ -31,6 +29,7 @@ class BrowserAccounts:
 
     What an :class:`.OAuthSession` has, this has: ``request.atproto.get("/xrpc/...")`` is a request of the current
     account. It is true if there is one. ``request.atproto[did]`` is the session of another account of this browser.
+    Where the user is not there any more, or is locked out (``is_active``), there is no account either.
 
     Only DIDs and random ids are in Django's session; tokens stay in the store.
     """
@@ -78,9 +77,12 @@ class BrowserAccounts:
     def __getitem__(self, did: str) -> OAuthSession:
         if did not in self._ids:
             raise NobodyLoggedInError("this browser has not logged in with that account")
+        return self._open(did)
+
+    def _open(self, did: str) -> OAuthSession:
         if did not in self._opened:
-            opened = get_client().restore(did, refresh=False, session_id=self._ids[did])
-            opened.total_timeout = _TOTAL_TIMEOUT
+            opened = get_client().restore(did, refresh=False, session_id=dict(self.items())[did])
+            opened.total_timeout = TOTAL_TIMEOUT
             self._opened[did] = opened
         return self._opened[did]
 
@@ -108,21 +110,23 @@ class BrowserAccounts:
             raise NobodyLoggedInError("this browser has not logged in with that account")
         self.add(did, self._ids[did])
 
-    def is_there(self, did: str | None = None) -> bool:
-        """Whether the session of the current account, or of ``did``, is still in the store. Costs one look, and no
-        request.
+    def is_there(self) -> bool:
+        """Whether the session of the current account is still in the store. Costs one look, and no request.
 
         :raises SessionError: the store cannot be read.
         """
-        did = did or self.did
+        return self.did is not None and self.is_stored(self.did)
+
+    # For the views and the middleware
+
+    def is_stored(self, did: str) -> bool:
+        """Whether the session of an account is still in the store, whoever the user is."""
         try:
-            return did is not None and self[did] is not None
+            return did in dict(self.items()) and self._open(did) is not None
         except SessionError as error:
             if error.login_required:
                 return False
             raise
-
-    # For the views
 
     def add(self, did: str, session_id: str) -> None:
         """Let ``did`` be the current account."""
@@ -130,14 +134,17 @@ class BrowserAccounts:
         self._opened.pop(did, None)
 
     def remove(self, did: str) -> None:
-        """Forget an account, without ending its session."""
+        """Forget an account, without ending its session. If the user has logged in with it, they stay logged in by the
+        account that is the current one then."""
         self._write(self._others(did))
         self._opened.pop(did, None)
         if self.login == did:
-            self.login = None
+            self.login = next(reversed(self._others(did)), None)
 
     def items(self) -> list[tuple[str, str]]:
-        return list(self._ids.items())
+        """What is in Django's session, whoever the user is."""
+        stored = self._request.session.get(_ACCOUNTS, [])
+        return [(did, session_id) for did, session_id in stored]
 
     @property
     def login(self) -> str | None:
@@ -153,11 +160,11 @@ class BrowserAccounts:
 
     @property
     def _ids(self) -> dict[str, str]:
-        stored = self._request.session.get(_ACCOUNTS, [])
-        return {did: session_id for did, session_id in stored}  # noqa: C416 - each is a list
+        user = getattr(self._request, "user", None)
+        return dict(self.items()) if user is None or user.is_authenticated else {}
 
     def _others(self, did: str) -> dict[str, str]:
-        return {other: session_id for other, session_id in self._ids.items() if other != did}
+        return {other: session_id for other, session_id in self.items() if other != did}
 
     def _write(self, ids: dict[str, str]) -> None:
         # A list: not every serializer of sessions keeps the order of an object.

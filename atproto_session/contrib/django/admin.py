@@ -15,7 +15,7 @@ from django.http import HttpRequest
 
 from ...errors import SessionError
 from ...session import Session
-from .conf import get_alias, get_client, get_store
+from .conf import end_session, get_alias, get_store
 from .models import Account, StoredSession
 
 
@@ -57,12 +57,8 @@ class StoredSessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     def delete_model(self, request: HttpRequest, obj: StoredSession) -> None:
         """Outside of the transaction of the admin: with SQLite, that would keep the store from writing."""
         did, _, session_id = obj.key.partition("#")
-        end = partial(get_client().revoke, did, session_id=session_id or None)
+        end = partial(end_session, did, session_id or None)
         transaction.on_commit(end, using=router.db_for_write(LogEntry))
-
-    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[StoredSession]) -> None:
-        for session in queryset:
-            self.delete_model(request, session)
 
     @admin.action(permissions=["delete"], description="End the selected sessions")
     def delete_selected(self, request: HttpRequest, queryset: QuerySet[StoredSession]) -> None:

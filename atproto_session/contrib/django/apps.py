@@ -32,16 +32,18 @@ class ATProtoConfig(AppConfig):
 
 def _end_sessions_of_browser(request: Any, user: Any, **other: Any) -> None:
     """A log-out is one from the accounts as well, whichever page of the project it comes from."""
-    from .conf import get_client
+    from .conf import end_session
     from .models import Account
     from .signals import logged_out
 
     accounts = getattr(request, "atproto", None)
     if accounts is None:  # not a request of a browser, or the middleware is not there
         return
-    for did, session_id in accounts.items():
-        get_client().revoke(did, session_id=session_id)
+    ended = accounts.items()
+    for did, session_id in ended:
+        end_session(did, session_id)
         accounts.remove(did)
+    for did, _ in ended:  # when all have ended, whatever a receiver does
         logged_out.send(sender=Account, request=request, user=user, did=did)
 
 
@@ -55,7 +57,7 @@ def end_sessions(did: str) -> None:
 
     :raises SessionError: one could not be ended.
     """
-    from .conf import get_client, get_store
+    from .conf import end_session, get_store
     from .store import DjangoStore
 
     store = get_store()
@@ -63,7 +65,7 @@ def end_sessions(did: str) -> None:
     for key in keys:
         owner, _, session_id = key.partition("#")
         if owner == did:
-            get_client().revoke(did, session_id=session_id or None)
+            end_session(did, session_id or None)
 
 
 def _forget_settings(setting: str, **other: Any) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.models import EmailField
 from django.urls import reverse
 from django.utils import translation
 from django.utils.module_loading import import_string
 
-from ...errors import ClientMetadataError
-from .conf import NAME, called, get_alias, get_option, get_settings
+from ...errors import ClientMetadataError, SessionError, StoreError
+from ...stores._opening import backend_of
+from .conf import DEFAULTS, NAME, called, get_alias, get_option, get_settings
 
 _MIDDLEWARE = "atproto_session.contrib.django.middleware.ATProtoMiddleware"
 _BEFORE = "django.contrib.auth.middleware.AuthenticationMiddleware"
@@ -24,9 +27,14 @@ _VENDORS = ("postgresql", "mysql", "sqlite")
 def check_settings(app_configs: Any, **options: Any) -> list[CheckMessage]:
     """Whether all that the app needs is there and can be used."""
     try:
-        get_settings()
+        known = get_settings()
     except (ClientMetadataError, ImproperlyConfigured) as error:
         return [Error(str(error), id="atproto_session.E001"), *_check_surroundings()]
+    try:
+        known.open_client(store="memory:", encryption_keys=()).close()
+    except SessionError as error:
+        found = Error(f"{called('OPTIONS')}: {error}", id="atproto_session.E001")
+        return [found, *_check_surroundings()]
     return [*_check_surroundings(), *_check_store(), *_check_languages()]
 
 
@@ -53,13 +61,23 @@ def _check_surroundings() -> list[CheckMessage]:
                 id="atproto_session.E005",
             )
         )
-    try:
-        import_string(get_option("NEW_USER"))
-    except (ImportError, AttributeError, TypeError) as error:
-        found.append(Error(f"{called('NEW_USER')} names no function: {error}", id="atproto_session.E006"))
-    except ImproperlyConfigured:
-        pass  # said by E001
+    found += _check_new_user()
     return found
+
+
+def _check_new_user() -> list[CheckMessage]:
+    try:
+        path = get_option("NEW_USER")
+    except ImproperlyConfigured:
+        return []  # said by E001
+    hint = "It is the path of a function, such as mysite.users.new_user."
+    try:
+        if callable(import_string(path)):
+            return []
+        problem = f"{called('NEW_USER')} names no function, but something else."
+    except (ImportError, AttributeError, TypeError) as error:
+        problem = f"{called('NEW_USER')} names no function: {error}"
+    return [Error(problem, hint=hint, id="atproto_session.E006")]
 
 
 def _is_our_backend(path: str) -> bool:
@@ -72,10 +90,12 @@ def _is_our_backend(path: str) -> bool:
 
 
 def _check_store() -> list[CheckMessage]:
-    if get_settings().store != "memory:" or "STORE" in getattr(settings, NAME):
+    if isinstance(store := getattr(settings, NAME).get("STORE"), str):
+        return _check_url(store)
+    if store is not None:
         return []
     alias = get_alias()
-    if alias not in connections.settings:
+    if not isinstance(alias, str) or alias not in connections.settings:
         return [Error(f"{called('DATABASE')} names no database of DATABASES: {alias!r}", id="atproto_session.E007")]
     vendor = connections[alias].vendor
     if vendor not in _VENDORS:
@@ -87,6 +107,15 @@ def _check_store() -> list[CheckMessage]:
                 id="atproto_session.E008",
             )
         ]
+    return []
+
+
+def _check_url(store: str) -> list[CheckMessage]:
+    """Whether there is such a store. It is not opened."""
+    try:
+        backend_of(store)
+    except StoreError as error:
+        return [Error(f"{called('STORE')}: {error}", id="atproto_session.E010")]
     return []
 
 
@@ -102,6 +131,20 @@ def _check_languages() -> list[CheckMessage]:
             "The pages of the log-in are inside of i18n_patterns(): they would have an address for each language, and "
             "authorization servers know one.",
             id="atproto_session.E009",
+        )
+    ]
+
+
+def _check_names() -> list[CheckMessage]:
+    model: Any = get_user_model()
+    name = model._meta.get_field(model.USERNAME_FIELD)
+    if get_option("NEW_USER") != DEFAULTS["NEW_USER"] or not isinstance(name, EmailField):
+        return []
+    return [
+        Warning(
+            f"Users are named by their {name.name}, which an account does not tell: new ones get a name that is none.",
+            hint=f"Name a function that makes users in {called('NEW_USER')}.",
+            id="atproto_session.W004",
         )
     ]
 
@@ -128,6 +171,7 @@ def check_deployment(app_configs: Any, **options: Any) -> list[CheckMessage]:
                 id="atproto_session.W002",
             )
         )
+    found += _check_names()
     if not known.encryption_keys:
         found.append(
             Warning(

@@ -22,7 +22,7 @@ from .store import DjangoStore
 #: The name of the one setting.
 NAME = "ATPROTO_SESSION"
 #: What is Django's own in it, and what it is by default.
-_OWN = {"DATABASE": None, "NEW_USER": "atproto_session.contrib.django.backends.new_user"}
+DEFAULTS = {"DATABASE": None, "NEW_USER": "atproto_session.contrib.django.backends.new_user"}
 
 
 def called(name: str) -> str:
@@ -32,7 +32,7 @@ def called(name: str) -> str:
 
 def get_option(name: str) -> Any:
     """One of the members that are Django's own."""
-    return _given().get(name, _OWN[name])
+    return _given().get(name, DEFAULTS[name])
 
 
 def get_settings() -> _web.Settings:
@@ -42,7 +42,7 @@ def get_settings() -> _web.Settings:
     """
     prefix = _prefix()
     if (made := _settings.get(prefix)) is None:
-        given = {name: value for name, value in _given().items() if name not in _OWN}
+        given = {name: value for name, value in _given().items() if name not in DEFAULTS}
         if "PREFIX" in given:
             raise ClientMetadataError(
                 f"{called('PREFIX')} is no setting here: urls.py says where the pages are", field="PREFIX"
@@ -94,6 +94,14 @@ def get_client() -> OAuthClient:
         else:  # another thread was first
             new.close()
     return made
+
+
+def end_session(did: str, session_id: str | None) -> None:
+    """Delete a session, and end it at its server, which is waited for a few seconds.
+
+    :raises SessionError: see :meth:`.OAuthClient.revoke`.
+    """
+    get_client().revoke(did, session_id=session_id, timeout=_web.END_WITHIN)
 
 
 def keeping_connections() -> AbstractContextManager[None]:

@@ -91,8 +91,9 @@ def page(
 ) -> HttpResponse:
     """A page of this app."""
     response = render(request, template, context, status=None if problem is None else problem.status)
-    # No page of somebody else shows this one in a frame, and leads people to press its buttons.
-    response["Content-Security-Policy"] = "frame-ancestors 'none'"
+    # No page of somebody else shows this one in a frame, and leads people to press its buttons. Not by a
+    # Content-Security-Policy, which would take the place of the project's own.
+    response["X-Frame-Options"] = "DENY"
     return _finished(response, problem)
 
 
@@ -116,7 +117,7 @@ def _said(error: Exception) -> str:
 
 def _user_of(request: HttpRequest, user: Any) -> Any:
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
-    if user.is_authenticated and accounts.login is not None and not accounts.is_there(accounts.login):
+    if user.is_authenticated and accounts.login is not None and not accounts.is_stored(accounts.login):
         from django.contrib.auth.models import AnonymousUser
 
         return AnonymousUser()

@@ -1,55 +1,78 @@
 """The pages of the log-in. Their templates are in ``atproto_session/``, to be overridden by the project's own.
 
 None of them is a transaction, whatever ``ATOMIC_REQUESTS`` says: with SQLite, what they have written themselves would
-keep the store from writing.
+keep the store from writing. None of them is left to ``LoginRequiredMiddleware``: who is not logged in needs them, and
+the others look by themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from django.conf import settings as django_settings
 from django.contrib.auth import authenticate, login, logout
-from django.contrib.auth.decorators import login_required
+from django.contrib.auth.decorators import login_not_required
+from django.contrib.auth.views import redirect_to_login
 from django.core import signing
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import resolve_url
-from django.urls import reverse
+from django.urls import get_script_prefix, reverse
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.cache import never_cache
 from django.views.decorators.csrf import csrf_protect
-from django.views.decorators.http import require_GET, require_http_methods, require_POST
+from django.views.decorators.http import require_GET, require_http_methods, require_POST, require_safe
 
 from ...client import CallbackResult
 from ...errors import ClientMetadataError, SessionError
 from .. import _web
 from .accounts import BrowserAccounts
 from .backends import note_login
-from .conf import get_client, get_settings
-from .middleware import answer, log, page, wants_json
+from .conf import end_session, get_client, get_settings
+from .middleware import answer, log, page, to_login, wants_json
 from .signals import logged_in
+
+_View = Callable[[HttpRequest], HttpResponse]
 
 _BACKEND = "atproto_session.contrib.django.backends.ATProtoBackend"
 #: What the signature of a link is for.
 _LINK = "atproto_session.contrib.django.link"
 
 
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+def _own_page(view: _View) -> _View:
+    """What all pages of the log-in have in common."""
+    page: _View = login_not_required(transaction.non_atomic_requests(never_cache(csrf_protect(view))))
+    return page
+
+
+def _login_required(view: _View) -> _View:
+    """As Django's own, but programs get a 401, and nobody comes back to a page that only takes forms."""
+
+    @wraps(view)
+    def checked(request: HttpRequest) -> HttpResponse:
+        if request.user.is_authenticated:
+            return view(request)
+        if wants_json(request):
+            return to_login(request)
+        is_page = request.method in ("GET", "HEAD")
+        return redirect_to_login(request.get_full_path() if is_page else reverse("atproto:accounts"))
+
+    return checked
+
+
+@_own_page
 @require_http_methods(["GET", "HEAD", "POST"])
 def login_view(request: HttpRequest) -> HttpResponse:
     """The form, and with POST the beginning of a log-in."""
     return _begin(request, next=_safe_next(request), link=False)
 
 
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
-@login_required
+@_own_page
+@_login_required
 @require_http_methods(["GET", "HEAD", "POST"])
 def link(request: HttpRequest) -> HttpResponse:
     """As :func:`login_view`; but the account is added to those of the user who is logged in."""
@@ -62,7 +85,7 @@ def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpRespons
     settings = get_settings()
     here, target = _origin_of(request), _safe_next(request)
     try:
-        elsewhere = settings.origin_for_login(here)
+        elsewhere = settings.origin_for_login(here, get_script_prefix().rstrip("/"))
     except ClientMetadataError:
         if request.method == "POST":
             raise
@@ -72,26 +95,19 @@ def _begin(request: HttpRequest, *, next: str | None, link: bool) -> HttpRespons
         return HttpResponseRedirect(f"{elsewhere}{request.get_full_path()}")
     if request.method != "POST":
         return _form(request, target=target, link=link)
+    account = request.POST.get("account", "").strip()
+    if not account:
+        return _form(request, target=target, link=link, problem=_web.NO_ACCOUNT)
     try:
-        begun = _web.begin_login(
-            settings, get_client(), request.POST.get("account", ""), own=here, cookies=request.COOKIES, next=next
-        )
+        begun = _web.begin_login(settings, get_client(), account, own=here, cookies=request.COOKIES, next=next)
     except SessionError as error:
         return _form(request, target=target, link=link, problem=_problem_of(error))
     response = HttpResponseRedirect(begun.url)
-    response.set_cookie(
-        begun.ticket.name,
-        begun.ticket.secret,
-        max_age=_web.TICKET_LIFETIME,
-        secure=begun.ticket.secure,
-        httponly=True,
-        samesite="Lax",
-    )
+    response.set_cookie(**begun.ticket.cookie)
     return _without(response, begun.stale)
 
 
-@transaction.non_atomic_requests
-@never_cache
+@_own_page
 @require_GET
 def callback(request: HttpRequest) -> HttpResponse:
     """Where the authorization server sends the browser back to."""
@@ -104,7 +120,7 @@ def callback(request: HttpRequest) -> HttpResponse:
     try:
         response = _enter(request, ended.result, ended.session_id, ended.next)
     except BaseException:
-        client.revoke(ended.result.session.did, session_id=ended.session_id)
+        end_session(ended.result.session.did, ended.session_id)
         raise
     return _without(response, ended.stale)
 
@@ -121,16 +137,25 @@ def _enter(request: HttpRequest, result: CallbackResult, session_id: str, target
     else:
         account, problem = _log_in(request, result)
     if account is None:
-        get_client().revoke(did, session_id=session_id)
+        end_session(did, session_id)
         return answer(request, _web.Problem(HTTPStatus.FORBIDDEN, "refused", problem))
+    # A copy of the cookie of before is of no use. Django sees to that only where the user is another one.
+    request.session.cycle_key()
     accounts: BrowserAccounts = request.atproto  # type: ignore[attr-defined]
     before = dict(accounts.items()).get(did)
     accounts.add(did, session_id)
-    if before is not None:  # of this browser, which has no more use for it
-        get_client().revoke(did, session_id=before)
-    logged_in.send(
-        sender=Account, request=request, user=account.user, account=account, session=result.session, is_new=is_new
-    )
+    told = {"user": account.user, "account": account, "session": result.session, "is_new": is_new}
+    try:
+        logged_in.send(sender=Account, request=request, **told)
+    except BaseException:  # a receiver does not want this account
+        if accounts.login == did:
+            logout(request)
+        else:
+            accounts.remove(did)
+        raise
+    finally:
+        if before is not None:  # of this browser, which has no more use for it
+            end_session(did, before)
     return HttpResponseRedirect(target or resolve_url(django_settings.LOGIN_REDIRECT_URL))
 
 
@@ -160,9 +185,7 @@ def _link(request: HttpRequest, result: CallbackResult, pk: str) -> tuple[Any, s
     return account, ""
 
 
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
+@_own_page
 @require_POST
 def logout_view(request: HttpRequest) -> HttpResponse:
     """End what this browser has: its sessions of accounts, and the user's own. Other browsers keep theirs."""
@@ -171,11 +194,9 @@ def logout_view(request: HttpRequest) -> HttpResponse:
     return HttpResponseRedirect(target or resolve_url(django_settings.LOGOUT_REDIRECT_URL or "/"))
 
 
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
-@login_required
-@require_GET
+@_own_page
+@_login_required
+@require_safe
 def accounts(request: HttpRequest) -> HttpResponse:
     """The accounts of the user."""
     from .models import Account
@@ -184,10 +205,8 @@ def accounts(request: HttpRequest) -> HttpResponse:
     return page(request, "atproto_session/accounts.html", {"accounts": linked, "current": request.atproto.did})  # type: ignore[attr-defined]
 
 
-@transaction.non_atomic_requests
-@never_cache
-@csrf_protect
-@login_required
+@_own_page
+@_login_required
 @require_POST
 def unlink(request: HttpRequest) -> HttpResponse:
     """Take an account from the user who is logged in, and end all its sessions. Not the last one of a user who has no
@@ -207,13 +226,15 @@ def unlink(request: HttpRequest) -> HttpResponse:
     return HttpResponseRedirect(_safe_next(request) or reverse("atproto:accounts"))
 
 
-@require_GET
+@login_not_required
+@require_safe
 def metadata(request: HttpRequest) -> HttpResponse:
     """The client metadata document, which authorization servers fetch."""
     return _document(get_settings().metadata_document())
 
 
-@require_GET
+@login_not_required
+@require_safe
 def jwks(request: HttpRequest) -> HttpResponse:
     """The public keys of the client."""
     return _document(get_settings().jwks())

@@ -18,6 +18,8 @@ project.set_up()
 
 from django.test import Client  # noqa: E402 - Django has to be set up first
 
+from atproto_session.contrib.django.test import local_network  # noqa: E402
+
 
 def users() -> Any:
     """Where the users are; the stubs know less of it."""
@@ -64,19 +66,8 @@ def django_database() -> Iterator[None]:
 @pytest.fixture
 def site(network: LocalNetwork, django_database: None) -> Iterator[LocalNetwork]:
     """The project is there, with nobody in it, and its accounts are those of the network."""
-    from django.contrib.admin.models import LogEntry
-    from django.contrib.auth import get_user_model
-    from django.contrib.sessions.models import Session
-
-    from atproto_session.contrib.django import conf
-    from atproto_session.contrib.django.models import Account, PendingLogin, StoredSession
-    from atproto_session.contrib.django.test import local_network
-
-    with local_network(network, times=RESTLESS):
+    with project.emptied(), local_network(network, times=RESTLESS):
         yield network
-        conf.reset()
-    for table in (LogEntry, StoredSession, PendingLogin, Account, get_user_model(), Session):
-        table.objects.all()._raw_delete("default")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -31,6 +33,24 @@ def set_up() -> None:
         del os.environ["DJANGO_SETTINGS_MODULE"]
         if before is not None:
             os.environ["DJANGO_SETTINGS_MODULE"] = before
+
+
+@contextmanager
+def emptied() -> Iterator[None]:
+    """At the end of the block nobody is in the project any more, and its client is closed."""
+    from django.contrib.admin.models import LogEntry
+    from django.contrib.auth import get_user_model
+    from django.contrib.sessions.models import Session
+
+    from atproto_session.contrib.django import conf
+    from atproto_session.contrib.django.models import Account, PendingLogin, StoredSession
+
+    yield
+    conf.reset()
+    user = get_user_model()
+    permissions: Any = user._meta.get_field("user_permissions").remote_field
+    for table in (LogEntry, StoredSession, PendingLogin, Account, permissions.through, user, Session):
+        table.objects.all()._raw_delete("default")
 
 
 def database_of(url: str, **more: Any) -> dict[str, Any]:

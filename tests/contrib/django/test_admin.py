@@ -87,7 +87,7 @@ def test_a_session_that_cannot_be_ended_is_said_so(
 ) -> None:
     log_in(browser, site, site.create_account())
 
-    def fail(did: str, session_id: str | None = None) -> None:
+    def fail(did: str, session_id: str | None, timeout: float) -> None:
         raise StoreError("it cannot be written")
 
     monkeypatch.setattr(get_client(), "revoke", fail)

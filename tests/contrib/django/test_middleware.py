@@ -39,7 +39,7 @@ def test_the_session_of_this_browser_is_over(site: LocalNetwork, browser: Client
     answer = browser.get("/data")
     assert (answer.status_code, answer["Location"]) == (302, "/atproto/login?next=/data")
     assert who(browser) == {"user": None, "did": None, "handle": None, "all": []}
-    assert "_auth_user_id" not in browser.session
+    assert browser.get("/later").content == b"nobody"
     assert browser.get("/data", **JSON).status_code == 401
 
 
@@ -137,6 +137,25 @@ def test_an_asynchronous_view_knows_the_user(site: LocalNetwork, browser: Client
     assert browser.get("/later").content.decode() == Account.objects.get().user.get_username()
 
 
+@pytest.mark.parametrize("page", ["/data-later", "/data-later-by-class"])
+def test_asynchronous_views_that_need_an_account(site: LocalNetwork, browser: Client, page: str) -> None:
+    assert browser.get(page)["Location"] == f"/atproto/login?next={page}"
+    alice = site.create_account()
+    log_in(browser, site, alice)
+    assert browser.get(page).json()["did"] == alice.did
+    site.revoke_sessions(alice.did)
+    assert browser.get(page)["Location"] == f"/atproto/login?next={page}"
+
+
+def test_a_view_that_streams(site: LocalNetwork, browser: Client) -> None:
+    alice = site.create_account("alice.test")
+    log_in(browser, site, alice)
+    site.expire_access_tokens(alice.did)
+    streamed: Any = browser.get("/stream")
+    assert b"".join(streamed.streaming_content).count(b"alice.test") == 2
+    assert site.rotations == 1
+
+
 def test_signals(site: LocalNetwork, browser: Client) -> None:
     told: list[tuple[str, object]] = []
 
@@ -171,3 +190,42 @@ def test_signals(site: LocalNetwork, browser: Client) -> None:
         ("in", (alice.did, False)),
         ("over", (alice.did, True, True)),
     ]
+
+
+def test_a_receiver_that_raises_keeps_no_session_alive(site: LocalNetwork, browser: Client) -> None:
+    def fail(**told: object) -> None:
+        raise ZeroDivisionError
+
+    log_in(browser, site, site.create_account())
+    log_in(browser, site, site.create_account(), link=True)
+    signals.logged_out.connect(fail)
+    try:
+        assert browser.post("/atproto/logout").status_code == 500
+    finally:
+        signals.logged_out.disconnect(fail)
+    assert StoredSession.objects.count() == 0
+    assert who(browser)["user"] is None
+
+
+def test_a_receiver_may_turn_an_account_away(site: LocalNetwork, browser: Client) -> None:
+    """A log-in with it logs nobody in. A link leaves the others as they are."""
+    from django.core.exceptions import PermissionDenied
+
+    alice, bob = site.create_account(), site.create_account()
+
+    def refuse(account: Account, **told: object) -> None:
+        if account.did == bob.did:
+            raise PermissionDenied
+
+    signals.logged_in.connect(refuse)
+    try:
+        assert log_in(browser, site, bob).status_code == 403
+        assert "_auth_user_id" not in browser.session
+        log_in(browser, site, alice)
+        Account.objects.filter(did=bob.did).delete()
+        assert log_in(browser, site, bob, link=True).status_code == 403
+    finally:
+        signals.logged_in.disconnect(refuse)
+    assert who(browser)["all"] == [alice.did]
+    assert browser.get("/data").json()["did"] == alice.did
+    assert StoredSession.objects.count() == 1

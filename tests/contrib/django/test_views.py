@@ -168,6 +168,22 @@ def test_a_copied_cookie_opens_nothing_after_the_log_out(
             assert (answer.status_code, answer["Location"]) == (302, f"/atproto/login?next={page}")
 
 
+def test_who_unlinks_the_account_of_the_log_in_is_logged_in_by_another(
+    site: LocalNetwork, browser: Client, another_browser: Client
+) -> None:
+    """So that a cookie that is copied then opens nothing after the log-out, either."""
+    alice, bob = site.create_account(), site.create_account()
+    with override_settings(SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies"):
+        log_in(browser, site, alice)
+        log_in(browser, site, bob, link=True)
+        assert browser.post("/atproto/unlink", {"did": alice.did}).status_code == 302
+        assert who(browser)["user"] is not None
+        another_browser.cookies["sessionid"] = browser.cookies["sessionid"].value
+        assert who(another_browser)["user"] is not None
+        browser.post("/atproto/logout")
+        assert who(another_browser)["user"] is None
+
+
 def test_every_log_out_of_django_is_one(site: LocalNetwork, browser: Client) -> None:
     log_in(browser, site, site.create_account())
     user = Account.objects.get().user
@@ -183,6 +199,21 @@ def test_a_log_out_without_the_server(site: LocalNetwork, browser: Client) -> No
     site.stop()
     assert browser.post("/atproto/logout").status_code == 302
     assert StoredSession.objects.count() == 0
+
+
+def test_a_log_out_does_not_wait_long_for_the_server(
+    site: LocalNetwork, browser: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(browser, site, site.create_account())
+    revoke, waits = get_client().revoke, []
+
+    def noted(*arguments: Any, timeout: float | None = None, **named: Any) -> None:
+        waits.append(timeout)
+        revoke(*arguments, **named)
+
+    monkeypatch.setattr(get_client(), "revoke", noted)
+    assert browser.post("/atproto/logout").status_code == 302
+    assert waits == [5.0]
 
 
 def test_what_next_may_be(site: LocalNetwork, browser: Client) -> None:
@@ -207,6 +238,7 @@ def test_what_next_may_be(site: LocalNetwork, browser: Client) -> None:
 
 
 def test_what_is_no_account(site: LocalNetwork, browser: Client) -> None:
+    assert b"Please enter the name" in browser.post("/atproto/login", {"account": " "}).content
     for given in ("", "not a handle", "nobody.test", "did:plc:nothing", "<script>.test"):
         answer = browser.post("/atproto/login", {"account": given, "next": "/whoami"})
         assert answer.status_code == 400, given
@@ -238,7 +270,8 @@ def test_pages_are_shown_in_no_frame_and_kept_in_no_cache(site: LocalNetwork, br
     log_in(browser, site, site.create_account())
     for page in ("login", "link", "accounts"):
         answer = browser.get(f"/atproto/{page}")
-        assert answer["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert answer["X-Frame-Options"] == "DENY"
+        assert "Content-Security-Policy" not in answer, "that is the project's"
         assert "no-store" in answer["Cache-Control"]
 
 
@@ -433,3 +466,75 @@ def test_a_request_that_is_a_transaction(site: LocalNetwork, browser: Client, an
     finally:
         settings["ATOMIC_REQUESTS"] = False
     assert StoredSession.objects.count() == 0
+
+
+def test_where_all_pages_are_for_those_who_are_logged_in(site: LocalNetwork) -> None:
+    """By Django's ``LoginRequiredMiddleware``: nobody could log in, if the pages of the log-in were."""
+    from django.conf import settings
+
+    guard = "django.contrib.auth.middleware.LoginRequiredMiddleware"
+    with override_settings(MIDDLEWARE=[*settings.MIDDLEWARE, guard]):
+        browser = Browser()
+        assert browser.get("/whoami")["Location"] == "/atproto/login?next=/whoami"
+        for page in ("login", "oauth-client-metadata.json", "jwks.json"):
+            assert browser.get(f"/atproto/{page}").status_code == 200
+        log_in(browser, site, site.create_account(), next="/whoami")
+        assert browser.get("/whoami").status_code == 200
+        assert browser.get("/atproto/accounts").status_code == 200
+        assert browser.post("/atproto/logout")["Location"] == "/"
+        assert browser.post("/atproto/logout")["Location"] == "/", "it is done already"
+
+
+@pytest.mark.usefixtures("site")
+def test_programs_and_forms_of_nobody(browser: Client) -> None:
+    for page in ("accounts", "link"):
+        said = browser.get(f"/atproto/{page}", HTTP_ACCEPT="application/json")
+        assert (said.status_code, said.json()["error"]) == (401, "login_required")
+    assert browser.post("/atproto/unlink")["Location"] == "/atproto/login?next=/atproto/accounts"
+
+
+@pytest.mark.usefixtures("site")
+def test_who_asks_for_the_headers_alone_gets_them(browser: Client) -> None:
+    for page in ("login", "oauth-client-metadata.json", "jwks.json"):
+        assert browser.head(f"/atproto/{page}").status_code == 200
+    assert browser.head("/atproto/callback").status_code == 405, "it would spend the code"
+
+
+def test_below_a_path_in_production(site: LocalNetwork) -> None:
+    """As a web server tells: ``SCRIPT_NAME``. A client for development says that it needs to know its address."""
+    from django.conf import settings
+    from django.core.wsgi import get_wsgi_application
+    from werkzeug.test import Client as Caller
+
+    from atproto_session.contrib.django.conf import NAME, get_settings
+
+    alice, https = site.create_account(), "https://app.example.com/there"
+    development = Caller(get_wsgi_application())
+    assert development.get("/atproto/login", base_url="http://127.0.0.1/there").status_code == 200
+    with override_settings(**{NAME: {**getattr(settings, NAME), "PUBLIC_URL": https}}):
+        site.publish(f"{https}/atproto/oauth-client-metadata.json", get_settings().metadata_document())
+        caller = Caller(get_wsgi_application())
+        asked = caller.get("/data", base_url=https)
+        assert asked.location == "/there/atproto/login?next=/there/data"
+        form = caller.get("/atproto/login?next=/there/data", base_url=https).text
+        token = form.partition('name="csrfmiddlewaretoken" value="')[2].partition('"')[0]
+        fields = {"csrfmiddlewaretoken": token, "account": alice.handle, "next": "/there/data"}
+        headers = {"Origin": "https://app.example.com"}
+        begun = caller.post("/atproto/login", data=fields, base_url=https, headers=headers)
+        back = urlsplit(site.authorize(begun.location, alice))
+        assert back.path == "/there/atproto/callback"
+        done = caller.get(f"/atproto/callback?{back.query}", base_url=https)
+        assert done.location == "/there/data"
+        assert alice.did in caller.get("/data", base_url=https).text
+
+
+def test_in_development_it_is_not_below_a_path(site: LocalNetwork, browser: Client) -> None:
+    from django.urls import set_script_prefix
+
+    set_script_prefix("/there/")
+    browser.raise_request_exception = True
+    try:
+        with pytest.raises(ClientMetadataError, match="below /there; set the public URL"):
+            browser.post("/atproto/login", {"account": site.create_account().handle})
+    finally:
+        set_script_prefix("/")

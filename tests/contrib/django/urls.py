@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from asgiref.sync import sync_to_async
 from django.db import transaction
-from django.http import HttpResponse, JsonResponse
+from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
 from django.views import View
 from mysite.urls import urlpatterns as of_example  # type: ignore[import-not-found]
@@ -61,6 +62,22 @@ class ByClass(AccountRequiredMixin, View):
 
 
 @account_required
+async def data_later(request: Any) -> HttpResponse:
+    return await sync_to_async(data)(request)
+
+
+class DataLater(AccountRequiredMixin, View):
+    async def get(self, request: Any) -> HttpResponse:
+        return await sync_to_async(data)(request)
+
+
+@account_required
+def stream(request: Any) -> StreamingHttpResponse:
+    """Uses the account when the middleware has ended its part."""
+    return StreamingHttpResponse(data(request).content for _ in range(2))
+
+
+@account_required
 def gone(request: Any) -> HttpResponse:
     raise SessionNotFoundError("gone").about(f"{request.atproto.did}#{request.atproto.session_id}")
 
@@ -76,4 +93,7 @@ urlpatterns = [
     path("later", later),
     path("by-class", ByClass.as_view()),
     path("gone", gone),
+    path("data-later", data_later),
+    path("data-later-by-class", DataLater.as_view()),
+    path("stream", stream),
 ]
