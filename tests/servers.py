@@ -356,6 +356,7 @@ class MySQL(Server):
         user = [] if self._other_user is None else [f"--user={self._other_user}"]
         self.run(
             *(self.find("mariadb-install-db"), "--no-defaults", f"--datadir={self.directory / 'data'}", *user),
+            f"--tmpdir={self.directory}",  # servers that start side by side would empty one that they share
             *("--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"),
         )
 
@@ -364,6 +365,7 @@ class MySQL(Server):
             *(self.find(self.program), "--no-defaults", f"--datadir={self.directory / 'data'}", f"--port={self.port}"),
             *(f"--bind-address={self.host}", f"--socket={self.directory / 'socket'}", "--skip-name-resolve"),
             *(f"--pid-file={self.directory / 'pid'}", f"--init-file={self.directory / 'begin.sql'}"),
+            f"--tmpdir={self.directory}",
             *("--innodb-flush-log-at-trx-commit=2", "--innodb-flush-method=nosync", "--skip-log-bin"),
             *("--innodb-buffer-pool-size=64M", "--max-connections=200", "--performance-schema=OFF"),
         ]

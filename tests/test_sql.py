@@ -579,7 +579,7 @@ def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> 
 
 def test_what_a_lock_s_connection_raises_is_a_store_error() -> None:
     connection = FakeConnection(None, OSError("gone"))
-    with pytest.raises(StoreError, match="locks in the database cannot be used: OSError"):
+    with pytest.raises(StoreError, match=r"locks in the database cannot be used \(OSError"):
         take(SQLLocks(lambda: connection, "mariadb"), DID)
 
     def fail() -> Any:

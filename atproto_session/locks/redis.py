@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from redis.exceptions import LockError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    LockError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.lock import Lock
 
 from .._worker import Life, at_work, life_of
@@ -26,6 +35,15 @@ _LEASE = 15.0
 _SLICE = 0.25
 #: How long it is remembered that a lock was released, in milliseconds, for those who are about to wait for it.
 _SIGNAL_LASTS = 1000
+#: What may be over a moment later.
+_PASSING = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    BusyLoadingError,
+    ReadOnlyError,
+    RedisClusterException,
+    OSError,
+)
 
 
 class RedisLocks:
@@ -61,7 +79,7 @@ class RedisLocks:
                         raise LockTimeoutError(f"another worker keeps the lock of {printable(name)}; try again later")
                     hold.wait(min(left, _SLICE))
             except RedisError as error:
-                raise _unusable(error) from error
+                raise unusable(error, "the locks") from error
             try:
                 yield hold
             finally:
@@ -113,7 +131,7 @@ class RedisHold:
         except LockError:
             return False
         except RedisError as error:
-            raise _unusable(error) from error
+            raise unusable(error, "the locks") from error
 
     def end(self) -> None:
         if self._process != os.getpid():
@@ -127,6 +145,10 @@ class RedisHold:
                 pipeline.execute()
 
 
-def _unusable(error: RedisError) -> StoreError:
-    message = printable(str(error), 200)  # which names commands and addresses, never the password
-    return StoreError(f"the locks in Redis cannot be used: {type(error).__name__}: {message}", retryable=True)
+def unusable(error: Exception, what: str) -> StoreError:
+    """The error for what redis-py says of ``what`` is kept in Redis."""
+    # Its message names commands and addresses, never what was stored or the password.
+    said = f"{type(error).__name__}: {printable(str(error), 200)}"
+    is_passing = isinstance(error, _PASSING) and not isinstance(error, AuthenticationError)
+    advice = "try again later" if is_passing else "the server, or the URL of the store, has to be mended"
+    return StoreError(f"{what} in Redis cannot be used ({said}); {advice}", retryable=is_passing)

@@ -254,4 +254,6 @@ def _sqlstate_of(error: BaseException | None) -> str | None:
 def _unusable(error: Exception) -> StoreError:
     # The first line of the driver's message, as in errors of the store.
     first = printable(str(error).partition("\n")[0], 200)
-    return StoreError(f"the locks in the database cannot be used: {type(error).__name__}: {first}", retryable=True)
+    return StoreError(
+        f"the locks in the database cannot be used ({type(error).__name__}: {first}); try again later", retryable=True
+    )

@@ -11,13 +11,13 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
-from redis.exceptions import AuthenticationError, BusyLoadingError, ReadOnlyError, RedisClusterException, RedisError
+from redis.exceptions import ReadOnlyError, RedisClusterException, RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from .._fork import close_at_end
 from ..errors import StoreError, printable
-from ..locks.redis import RedisLocks
+from ..locks.redis import RedisLocks, unusable
 from ._rows import RowStore
 from .codec import Codec, EncryptionKeys
 
@@ -32,12 +32,12 @@ _PAGE = 1000
 #: What redis-py is told where a URL does not, in seconds: a server that does not answer keeps nobody for ever.
 _DEFAULTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 10.0}
 #: And that a command is sent once. (A client of a cluster has to try again, to find out where a key is.)
-_ONCE: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "max_connections": 10_000}
+# A connection is closed after each of these errors: after a failover, one may lead to what is a replica now.
+_CLOSING = (redis.ConnectionError, redis.TimeoutError, TimeoutError, ReadOnlyError)
+_ONCE: dict[str, Any] = {"retry": Retry(NoBackoff(), 0, _CLOSING), "max_connections": 10_000}
 #: How long replicas are waited for, in milliseconds.
 _REPLICAS_WITHIN = 2000
 _ERRORS = (RedisError, RedisClusterException, OSError)
-#: What may be over a moment later.
-_PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError, RedisClusterException, OSError)
 _ALIASES = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}
 _SCHEMES = "redis://, rediss://, redis+unix:///path, redis+sentinel:// and redis+cluster://, or rediss+... with TLS"
 
@@ -206,10 +206,7 @@ class _RedisLogins:
 
 
 def _failure(error: Exception) -> StoreError:
-    # The driver's message names commands and addresses, never what was stored or the password.
-    is_passing = isinstance(error, _PASSING) and not isinstance(error, AuthenticationError)
-    what = f"{type(error).__name__}: {printable(str(error), 200)}"
-    return StoreError(f"the session store in Redis cannot be used ({what})", retryable=is_passing)
+    return unusable(error, "the session store")
 
 
 # URLs

@@ -48,7 +48,9 @@ _TABLES_WITHIN = 60.0
 #: How often a statement is tried again that gave way to another one.
 _MOST_TRIES = 20
 #: Another transaction came first: PostgreSQL's codes, and those of MySQL.
-_GAVE_WAY = {"40001", "40P01", 1205, 1213, 1020}
+_GAVE_WAY: set[str | int] = {"40001", "40P01", 1205, 1213, 1020}
+#: Nothing can be written by this connection: PostgreSQL's code, and those of MySQL.
+_READ_ONLY: set[str | int] = {"25006", 1290, 1792, 1836}
 #: Connections of a parent, kept in its child for good: to close one, or to collect it, would end it for the parent.
 _inherited: list[Any] = []
 
@@ -163,7 +165,7 @@ class _Database:
         """
         if self._is_closed:
             raise StoreError("the store is closed")
-        gave_way = lost = 0
+        gave_way = lost = refused = 0
         while True:
             try:
                 with self.engine.connect() as connection:
@@ -171,12 +173,16 @@ class _Database:
             except IntegrityError:
                 raise  # it is the answer
             except SQLAlchemyError as error:
-                if _has_given_way(error) and gave_way < _MOST_TRIES:
+                if _has_code(error, _GAVE_WAY) and gave_way < _MOST_TRIES:
                     gave_way += 1
                     time.sleep(0.001 * gave_way)
                 # A server that was restarted has ended all connections: the pool knows by now, and makes new ones.
                 elif _is_lost(error) and not (once or lost):
                     lost += 1
+                # After a failover, a connection may lead to what is a replica now. New ones may not.
+                elif _has_code(error, _READ_ONLY) and not refused:
+                    refused += 1
+                    self.engine.dispose()
                 else:
                     raise _failure(error) from error
 
@@ -326,10 +332,10 @@ def _is_lost(error: SQLAlchemyError) -> bool:
     return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
-def _has_given_way(error: SQLAlchemyError) -> bool:
+def _has_code(error: SQLAlchemyError, wanted: set[str | int]) -> bool:
     cause = getattr(error, "orig", None)
     codes = {getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None), *(getattr(cause, "args", ())[:1])}
-    return not codes.isdisjoint(_GAVE_WAY)
+    return not codes.isdisjoint(wanted)
 
 
 def _failure(error: SQLAlchemyError) -> StoreError:
@@ -337,8 +343,11 @@ def _failure(error: SQLAlchemyError) -> StoreError:
     cause = getattr(error, "orig", None) or error
     first = printable(str(cause).partition("\n")[0], 200)
     is_passing = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError)
+    is_passing = is_passing or _has_code(error, _READ_ONLY)
+    advice = "try again later" if is_passing else "the database, or the URL of the store, has to be mended"
     return StoreError(
-        f"the session store in the database cannot be used ({type(cause).__name__}: {first})", retryable=is_passing
+        f"the session store in the database cannot be used ({type(cause).__name__}: {first}); {advice}",
+        retryable=is_passing,
     )
 
 

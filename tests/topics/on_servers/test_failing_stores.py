@@ -4,25 +4,45 @@ In each: nothing is spent that could not be stored, and a token that has come is
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import redis
+import sqlalchemy as sa
 
-from atproto_session import OAuthClient, Session, StoreError, open_store
+from atproto_session import Freshness, OAuthClient, Session, StoreError, open_store
 from atproto_session.stores import FullStore
-from atproto_session.testing.network import LocalNetwork
+from atproto_session.testing.network import Account, LocalNetwork
 
 from ...core import SOON, Worker
 from ...programs.store_scene import Pause, Steps, WatchedStore, present, tokens_of
 from ...servers import MySQL, PostgreSQL, Redis, Server, connect_mysql
-from ..test_failing_stores import Place
+from ..test_failing_stores import (
+    Clock,
+    Place,
+    clean_up,
+    test_a_damaged_record_can_be_signed_out_of_and_replaced_by_a_log_in,
+    test_a_damaged_record_is_an_error_for_its_account_alone,
+    test_a_record_that_is_damaged_just_before_the_request_spends_nothing,
+    test_records_in_each_others_place_are_errors,
+)
+
+__all__ = [
+    "clean_up",
+    "test_a_damaged_record_can_be_signed_out_of_and_replaced_by_a_log_in",
+    "test_a_damaged_record_is_an_error_for_its_account_alone",
+    "test_a_record_that_is_damaged_just_before_the_request_spends_nothing",
+    "test_records_in_each_others_place_are_errors",
+]
 
 SERVERS: dict[str, Callable[[], Server]] = {
     "redis": lambda: Redis("--appendonly", "yes", "--appendfsync", "always"),
@@ -138,6 +158,7 @@ class ServerPlace(Place):
         self.relay = clean_up.enter_context(closing(Relay(parts.port or 0)))
         self.url = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{self.relay.port}")).geturl()
         self._clean_up = clean_up
+        self._rows: Any = clean_up.enter_context(closing(open_store(url)))._rows  # type: ignore[attr-defined]
         self.client = self.open()
         self.alice, self.bob = self.log_in(), self.log_in()
         self._secrets = set()
@@ -146,10 +167,16 @@ class ServerPlace(Place):
     def open_store(self, **options: Any) -> FullStore:
         return self._clean_up.enter_context(closing(open_store(self.url, **options)))
 
-    def watched(self) -> tuple[OAuthClient, Steps]:
+    def record(self, account: Account) -> bytes:
+        return bytes(self._rows.read(account.did))
+
+    def overwrite(self, account: Account, data: bytes) -> None:
+        self._rows.put(account.did, data)
+
+    def watched(self, **options: Any) -> tuple[OAuthClient, Steps]:
         """Another client, and its steps."""
         steps = Steps()
-        return self.open(WatchedStore(self.open_store(), steps)), steps
+        return self.open(WatchedStore(self.open_store(), steps), **options), steps
 
     def stopped(self, step: str, client: OAuthClient, steps: Steps) -> tuple[Pause, Worker]:
         """A refresh of alice's session by ``client`` that stands at this step."""
@@ -161,6 +188,13 @@ class ServerPlace(Place):
     def strike(self, *, arrives: bool, is_cut: bool = True) -> Strike:
         return self.relay.strike(Strike(WRITES[self.kind], arrives=arrives, is_cut=is_cut))
 
+    def connection_of(self, store: Any) -> int:
+        """What the server calls the connection that ``store`` uses now."""
+        if self.kind == "redis":
+            return int(store._rows._server.client.client_id())
+        function = "pg_backend_pid()" if self.kind == "postgresql" else "CONNECTION_ID()"
+        return int(store._rows._database.ask(lambda connection: connection.scalar(sa.text(f"SELECT {function}"))))
+
     def check_stored(self, renewed: Session, client: OAuthClient) -> None:
         """What the refresh of ``client`` has brought is what is stored at the end, and was brought once."""
         client.sessions.close()  # tokens are handed out before they are stored, if that takes long
@@ -168,12 +202,6 @@ class ServerPlace(Place):
         assert self.network.revocations == 0
         assert set(self.network.refresh_token_uses.values()) == {1}
         self.check_works()
-
-
-@pytest.fixture
-def clean_up() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(params=list(SERVERS))
@@ -217,11 +245,8 @@ def read_only_postgresql(server: Server) -> Iterator[None]:
             "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
         )
         yield
+        # Connections that are there already stay as they are.
         connection.execute("ALTER ROLE postgres RESET default_transaction_read_only")
-        connection.execute(
-            "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity "
-            "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-        )
 
 
 @contextmanager
@@ -232,11 +257,21 @@ def read_only_mysql(server: Server) -> Iterator[None]:
         cursor.execute("SET GLOBAL read_only = 0")
 
 
+@contextmanager
+def demoted_redis(server: Server) -> Iterator[None]:
+    """As after a failover."""
+    with redis.Redis.from_url(server.local_url) as connection:
+        connection.replicaof("127.0.0.1", "1")  # where nobody is
+        yield
+        connection.replicaof("NO", "ONE")
+
+
 #: Ways to refuse, and what the error says then.
 REFUSALS: dict[str, list[tuple[Callable[[Server], Any], str]]] = {
     "redis": [
         (lambda server: redis_with(server, "maxmemory", "1"), "maxmemory"),
         (lambda server: redis_with(server, "min-replicas-to-write", "1"), "NOREPLICAS"),
+        (demoted_redis, "read only replica"),
     ],
     "postgresql": [(read_only_postgresql, "read-only")],
     "mysql": [(read_only_mysql, "read-only")],
@@ -250,8 +285,9 @@ def test_a_server_that_refuses_to_write_spends_nothing(own: tuple[ServerPlace, S
         with refuse(server):
             assert [place.client.sessions.get_session(one.did) for one in (place.alice, place.bob)] == sessions
             for account in (place.alice, place.bob):
-                with place.refused(hint):
+                with place.refused(hint) as caught:
                     place.refresh(account)
+                assert str(caught.value).endswith(("try again later", "has to be mended"))
         place.check_works()
 
 
@@ -271,7 +307,68 @@ def test_a_server_that_refuses_for_a_moment_loses_no_answer(own: tuple[ServerPla
         place.check_stored(renewed, client)
 
 
+def test_a_connection_that_refuses_is_not_used_again(own: tuple[ServerPlace, Server]) -> None:
+    place, server = own
+    refuse, hint = REFUSALS[place.kind][-1]  # as after a failover
+    store: Any = place.open_store()
+    session = place.stored(place.alice)
+    with refuse(server):
+        before = place.connection_of(store)
+        assert place.connection_of(store) == before
+        with pytest.raises(StoreError, match=hint) as caught:
+            store.set(place.alice.did, session)
+        assert caught.value.retryable
+        assert place.connection_of(store) != before
+
+
 # A server that goes
+
+
+@pytest.mark.parametrize("instant", ["finds", "attempt", "after attempt"])
+def test_a_server_that_goes_just_before_the_request_spends_nothing(
+    own: tuple[ServerPlace, Server], instant: str
+) -> None:
+    place, server = own
+    client, steps = place.watched()
+    pause = Pause.at(place.network.fault("plc", "hold")) if instant == "finds" else steps.pause(instant)
+    refresh = Worker(lambda: place.refresh(place.alice, client))
+    pause.wait_until_reached()
+    server.kill()
+    with place.refused("cannot be used"):
+        pause.release.set()
+        refresh.outcome()
+    server.start()
+    place.check_works()
+
+
+@contextmanager
+def standing_still(server: Server) -> Iterator[None]:
+    """With all of its processes."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    processes = [server.pid, *map(int, children.read_text(encoding="ascii").split())]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+def test_a_server_that_stands_still_for_too_long_spends_nothing(own: tuple[ServerPlace, Server]) -> None:
+    place, server = own
+    clock = Clock()
+    client, steps = place.watched(freshness=Freshness(clock=clock))
+    pause, refresh = place.stopped("attempt", client, steps)
+    request = place.strike(arrives=False, is_cut=False)
+    pause.release.set()
+    assert request.fired.wait(SOON)
+    with place.refused("took too long to record"):
+        with standing_still(server):
+            request.release.set()
+            clock.off += client.sessions._terms.times.window
+        refresh.outcome()
+    place.check_works()
 
 
 @pytest.mark.parametrize("arrives", [True, False], ids=["written", "not written"])
