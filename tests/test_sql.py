@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import threading
 import time
@@ -566,6 +568,25 @@ class FakeConnection:
 
     def close(self) -> None:
         pass
+
+
+def test_a_postgresql_that_stands_still_keeps_nobody_for_ever(
+    monkeypatch: pytest.MonkeyPatch, postgresql_server: str
+) -> None:
+    """Its system goes on to answer for its connections."""
+    monkeypatch.setattr(sql, "_SILENT_FOR", 0.3)
+    with PostgreSQL() as server, closing(open_store(f"{server.url}?connect_timeout=2")) as store:
+        store.set(DID, make_session())
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="ascii").split()
+        processes = [server.pid, *map(int, children)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        with pytest.raises(StoreError, match="cannot be used") as caught:
+            store.get(DID)
+        assert caught.value.retryable
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+        assert store.get(DID) == make_session()
 
 
 def test_a_server_that_knows_whole_seconds_only_is_not_asked_without_pause() -> None:

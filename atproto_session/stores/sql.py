@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from importlib import import_module
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -39,6 +41,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "pymysql": {"connect_timeout": 10, "read_timeout": 10, "write_timeout": 10},
 }
+#: For how long PostgreSQL may be silent while an answer is awaited, in seconds. libpq knows no such bound, and the
+#: connections of a server whose processes stand still are kept alive by its system.
+_SILENT_FOR = 10.0
 #: So many keys are read at a time.
 _PAGE = 1000
 #: The longest that a column for bytes and text can be asked to hold: MySQL chooses the kind of column by it.
@@ -394,13 +399,47 @@ def _engine(url: sa.URL, **options: Any) -> sa.Engine:
                 f"sessions can be kept in PostgreSQL, MySQL and MariaDB, by a driver that is not asynchronous, not by "
                 f"{printable(url.drivername, 40)}; SQLiteStore keeps them in an SQLite file"
             )
-        return sa.create_engine(url, **options)
+        engine = sa.create_engine(url, **options)
     except ModuleNotFoundError as error:
         raise StoreError(
             f"the driver of the database is missing ({error.name}): pip install 'atproto-session[sql]'"
         ) from error
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise _not_understood(error) from None
+    if engine.driver == "psycopg":
+        sa.event.listen(engine, "do_connect", _connect_bounded)
+    return engine
+
+
+def _connect_bounded(dialect: sa.Dialect, record: object, arguments: Any, options: dict[str, Any]) -> Any:
+    """Connect with psycopg, in the place of SQLAlchemy."""
+    return _bounded_connection().connect(*arguments, **options)
+
+
+@functools.cache
+def _bounded_connection() -> Any:
+    """psycopg's kind of connection, with a bound for silence."""
+    psycopg = import_module("psycopg")
+
+    class Bounded(psycopg.Connection):  # type: ignore[misc, name-defined]  # which need not be installed
+        def wait(self, steps: Generator[Any, Any, T], *args: Any, **options: Any) -> Any:
+            return super().wait(self._bounded(steps), *args, **options)
+
+        def _bounded(self, steps: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+            ready, heard = None, time.monotonic()
+            while True:
+                try:
+                    awaited = steps.send(ready)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                ready = yield awaited
+                if ready:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > _SILENT_FOR:
+                    self.pgconn.finish()  # for what it answers later there is nobody
+                    raise psycopg.OperationalError("the server does not answer")
+
+    return Bounded
 
 
 def _not_understood(error: Exception) -> StoreError:
