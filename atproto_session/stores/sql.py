@@ -30,6 +30,7 @@ _DRIVERS = {
 }
 #: What the drivers are told where a URL does not, in seconds: a server that does not answer keeps nobody for ever.
 _DEFAULTS: dict[str, dict[str, Any]] = {
+    # psycopg has no such bound for a server that stands still while its machine goes on.
     # Without prepared statements, which a proxy may not keep with the connection.
     "psycopg": {
         "connect_timeout": 10,
