@@ -49,6 +49,7 @@ KILLS = 10
 #: How long the authorization server thinks about a refresh meanwhile, in seconds.
 LATENCY = 0.3
 HERD_LIMIT = 2.5
+STORES = ["json", "sqlite", *SERVERS]
 
 
 def key_of(number: int) -> str:
@@ -218,13 +219,17 @@ def kills(kind: str) -> list[float]:
     return waits
 
 
+def in_order(by_store: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(by_store.items(), key=lambda entry: STORES.index(entry[0]))
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     matplotlib = import_module("matplotlib")  # of the extra "docs"
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "atproto-session"
     pyplot = import_module("matplotlib.pyplot")
     chart, (reads, walks) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for kind, results in document["growth"].items():
+    for kind, results in in_order(document["growth"]):
         counts = document["accounts"][: len(results)]
         reads.plot(counts, [result["read"] * 1e6 for result in results], marker="o", label=kind)
         walks.plot(counts, [result["memory"] / 1e6 for result in results], marker="o", label=kind)
@@ -245,7 +250,7 @@ def tables(document: dict[str, Any]) -> str:
             f"{result['walk']:.1f} s",
             f"{result['memory'] / 1e6:.1f} MB",
         )
-        for kind, results in document["growth"].items()
+        for kind, results in in_order(document["growth"])
         for accounts, result in zip(document["accounts"], results, strict=False)
     ]
     others: list[tuple[str, ...]] = [
@@ -255,7 +260,7 @@ def tables(document: dict[str, Any]) -> str:
             f"{statistics.median(waits):.2f} s",
             f"{max(waits):.2f} s",
         )
-        for kind, waits in document["kills"].items()
+        for kind, waits in in_order(document["kills"])
     ]
     first = bench.table_of(("Store", "Accounts", "A read", "Two writes", "A walk", "Its memory"), growing)
     second = bench.table_of(("Store", "Longest wait of a herd", "Wait after a kill", "At most"), others)
@@ -265,12 +270,16 @@ def tables(document: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="How the stores grow.")
     parser.add_argument("--accounts", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--stores", nargs="+", default=["json", "sqlite", *SERVERS])
+    parser.add_argument(
+        "--stores", nargs="+", default=STORES, help="only these; of the others, --docs keeps what it has"
+    )
     parser.add_argument("--no-herds", action="store_true", help="leave out what takes a minute for each store")
     parser.add_argument("--docs", type=Path, help="where performance.rst, growth.json and growth.svg are")
     options = parser.parse_args()
     counts = sorted(options.accounts)
     document: dict[str, Any] = {"accounts": counts, "growth": {}, "herd": {}, "kills": {}}
+    if options.docs is not None and options.stores != STORES:
+        document = json.loads((options.docs / "growth.json").read_text(encoding="utf-8"))
     faults = []
     print(f"{'store':12}{'accounts':>10}{'a read':>12}{'two writes':>12}{'a walk':>10}{'its memory':>12}")
     for kind in options.stores:
