@@ -30,7 +30,7 @@ _DRIVERS = {
 }
 #: What the drivers are told where a URL does not, in seconds: a server that does not answer keeps nobody for ever.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # psycopg has no such bound for a server that stands still while its machine goes on.
+    # For one that stands still while its machine goes on, see _SILENT_FOR.
     # Without prepared statements, which a proxy may not keep with the connection.
     "psycopg": {
         "connect_timeout": 10,
@@ -45,6 +45,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 #: For how long PostgreSQL may be silent while an answer is awaited, in seconds. libpq knows no such bound, and the
 #: connections of a server whose processes stand still are kept alive by its system.
 _SILENT_FOR = 10.0
+#: How many connections are kept while no statement uses them: one for each thread that reads, in most programs. To
+#: connect anew costs as much as many statements.
+_KEPT = 16
 #: So many keys are read at a time.
 _PAGE = 1000
 #: The longest that a column for bytes and text can be asked to hold: MySQL chooses the kind of column by it.
@@ -148,7 +151,9 @@ class _Database:
         # Each statement is a transaction, so there is nothing to reset. A pool without a bound keeps nobody waiting;
         # each connection is used for one statement.
         options |= {"isolation_level": "AUTOCOMMIT", "hide_parameters": True}
-        self.engine = _engine(url, max_overflow=-1, pool_reset_on_return=None, skip_autocommit_rollback=True, **options)
+        self.engine = _engine(
+            url, pool_size=_KEPT, max_overflow=-1, pool_reset_on_return=None, skip_autocommit_rollback=True, **options
+        )
         self._apart = _engine(url, poolclass=sa.NullPool, **options)
         self._is_closed = False
         reset_in_child(self)
