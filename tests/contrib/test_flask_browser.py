@@ -70,7 +70,7 @@ def test_a_person_logs_in_sees_data_and_logs_out(site: Site, chromium: Chromium,
     chromium.wait_for(f"{account.handle} is {account.did}")
     chromium.open(f"{site.origin}/")
     chromium.press("Log out")
-    chromium.wait_for("Your account")
+    chromium.wait_for("Log in")
     assert site.network.revocations == 1
     chromium.open(f"{site.origin}/account")
     chromium.wait_for_url(f"{site.origin}/atproto/login?next=/account")
@@ -193,7 +193,7 @@ def test_a_copied_cookie_opens_nothing_after_the_log_out(
     thief.open(f"{site.origin}/")
     thief.wait_for(f"Hello {account.handle}")
     chromium.press("Log out")
-    chromium.wait_for("Your account")
+    chromium.wait_for("Log in")
     thief.open(f"{site.origin}/")
     assert "Hello" not in thief.text
     thief.open(f"{site.origin}/account")
@@ -251,7 +251,7 @@ def test_a_person_logs_in_in_production(network: LocalNetwork, account: Account)
         assert set(chromium.cookies()) == {"session"}
         chromium.open(PUBLIC)
         chromium.press("Log out")
-        chromium.wait_for("Your account")
+        chromium.wait_for("Log in")
 
 
 def test_a_server_that_is_down_is_a_page(site: Site, chromium: Chromium, account: Account) -> None:

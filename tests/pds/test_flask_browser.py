@@ -42,7 +42,7 @@ def test_a_person_signs_in_consents_posts_and_logs_out(
     chromium.press("Post")
     chromium.wait_for("Posted.")
     chromium.press("Log out")
-    chromium.wait_for("Your account")
+    chromium.wait_for("Log in")
     chromium.open(f"{origin}/account")
     chromium.wait_for_url(f"{origin}/atproto/login?next=/account")
 
