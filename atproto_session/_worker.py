@@ -46,7 +46,7 @@ def at_work(on: str) -> Iterator[str]:
             with suppress(OSError):
                 held.enter_context(_sign_of(on))
                 # A thread may have gone to where others do not look.
-                is_seen = _is_at_work(on) and worker.rsplit("/", 3)[1].endswith(f"-{_network()}")
+                is_seen = _is_at_work(on) and worker.rsplit("/", 3)[1] == _machine()
         yield worker if is_seen else f"{worker}{_WITHOUT_SIGN}"
 
 
@@ -69,14 +69,10 @@ def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         processes = os.readlink("/proc/self/ns/pid").strip("pid:[]")  # noqa: PTH115 - the text, not a path
-        return f"{boot}-{processes}-{_network()}"
+        signs = os.readlink("/proc/thread-self/ns/net").strip("net:[]")  # noqa: PTH115
     except OSError:
         return ""
-
-
-def _network() -> str:
-    """The namespace of signs that this thread is in."""
-    return os.readlink("/proc/thread-self/ns/net").strip("net:[]")  # noqa: PTH115
+    return f"{boot}-{processes}-{signs}"
 
 
 def _start_of(pid: int) -> str | None:

@@ -109,8 +109,9 @@ def test_of_one_that_can_show_nothing_the_process_counts(monkeypatch: pytest.Mon
 def test_a_thread_that_has_gone_to_another_network_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it shows there cannot be seen from here."""
     this_worker()
+    machine = _worker._machine()
     with monkeypatch.context() as gone, ExitStack() as work:
-        gone.setattr(_worker, "_network", lambda: "1")
+        gone.setattr(_worker, "_machine", lambda: f"{machine}1")
         worker = work.enter_context(at_work(THIS))
         gone.undo()
         gone.setattr(_worker, "_is_at_work", lambda on: False)
