@@ -209,7 +209,7 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             0.8,
             lambda: median_ratio(bench_requests.kept(client, turns)),
         ),
-        Figure("refresh", "a refresh over https / the least that it can cost", 2.0, 2.4, lambda: refresh(turns)),
+        Figure("refresh", "a refresh over https / the least that it can cost", 2.0, 2.6, lambda: refresh(turns)),
         Figure(
             "herd",
             f"the longest wait while {ACCOUNTS:,} accounts of {SERVERS} servers expire within {SECONDS:.0f} s, "
@@ -243,7 +243,7 @@ def figures(client: OAuthClient, *, quick: bool) -> list[Figure]:
             "first_call",
             "a script's first signed call / the same with requests",
             1.5,
-            1.8,
+            2.0,
             lambda: first_call(turns),
         ),
     ]
