@@ -64,7 +64,7 @@ class TrustedHosts:
         if bare in self.names:
             return True
         if ":" not in bare and not bare[-1:].isdigit():
-            return False  # no address, which is seen faster so
+            return False  # a name: this look costs less than the error of ip_address()
         try:
             address = ipaddress.ip_address(bare)
         except ValueError:

@@ -219,7 +219,7 @@ class Transport:
         if isinstance(data, Mapping):
             headers = {"Content-Type": "application/x-www-form-urlencoded", **(headers or {})}
             data = urlencode(data).encode()
-        # To encode nothing as the query takes requests as long as all else that it does; but not with "".
+        # With "" requests does not try to encode a query that is not there. With None it does, which takes long.
         request = requests.Request(method, url, headers=headers, data=data, params="")
         response = self._send(request, deadline, limit, lenient=lenient)
         for _ in range(redirects):
