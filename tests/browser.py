@@ -22,6 +22,8 @@ from selenium.webdriver.support.expected_conditions import staleness_of
 from selenium.webdriver.support.wait import WebDriverWait
 from werkzeug.serving import make_server
 
+from atproto_session.testing.network import Account
+
 from .core import SOON
 
 #: It has no network but this machine's, and looks for none.
@@ -162,6 +164,15 @@ class Chromium:
     def wait_for(self, text: str) -> None:
         """Until a person reads ``text``."""
         self._wait(lambda _: text in self.text, f"the page does not say {text!r}")
+
+    def sign_in(self, application: str, pds: str, account: Account) -> None:
+        """From the home page of an application to the consent page of the real PDS."""
+        self.open(application)
+        self.fill("account", account.handle)
+        self.press("Log in")
+        self.wait_for_url(pds)
+        self.fill("password", account.password)
+        self.press("Sign in")
 
     def wait_for_url(self, start: str) -> None:
         """Until the address begins with ``start``."""

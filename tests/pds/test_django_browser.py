@@ -30,20 +30,10 @@ def posts_of(real_pds: RealPDS, account: Account) -> str:
     return requests.get(f"{real_pds.pds_url}/xrpc/com.atproto.repo.listRecords", query, timeout=SOON).text
 
 
-def sign_in(chromium: Chromium, origin: str, real_pds: RealPDS, account: Account) -> None:
-    """From the home page of the project to the consent page of the PDS."""
-    chromium.open(origin)
-    chromium.fill("account", account.handle)
-    chromium.press("Log in")
-    chromium.wait_for_url(real_pds.pds_url)
-    chromium.fill("password", account.password)
-    chromium.press("Sign in")
-
-
 def test_a_person_signs_in_consents_posts_and_logs_out(
     real_pds: RealPDS, pds_account: Account, chromium: Chromium, origin: str
 ) -> None:
-    sign_in(chromium, origin, real_pds, pds_account)
+    chromium.sign_in(origin, real_pds.pds_url, pds_account)
     chromium.press("Authorize")
     chromium.wait_for(f"Hello, {pds_account.handle}.")
     chromium.fill("text", "Hello from Django")
@@ -57,7 +47,7 @@ def test_a_person_signs_in_consents_posts_and_logs_out(
 
 
 def test_a_person_refuses(real_pds: RealPDS, pds_account: Account, chromium: Chromium, origin: str) -> None:
-    sign_in(chromium, origin, real_pds, pds_account)
+    chromium.sign_in(origin, real_pds.pds_url, pds_account)
     chromium.press("Deny access")
     chromium.wait_for("access_denied")
     assert chromium.url.startswith(f"{origin}/atproto/callback")
